@@ -1,0 +1,37 @@
+"""Tests run on 8 virtual CPU devices, with strict dtypes and ranks, and with array annotations checked."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lmx-test-cache"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["lmx.ops", "lmx.losses", "lmx.weights", "lmx.nn", "lmx.models"], "beartype.beartype")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("lmx", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.load_profile("lmx")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--peers", action="store_true", help="also run tests that need torch and transformers")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for mark in ("slow", "peers"):
+            if mark in item.keywords and not config.getoption(f"--{mark}"):
+                item.add_marker(pytest.mark.skip(reason=f"marked {mark}: run pytest with --{mark}"))
