@@ -1,0 +1,121 @@
+"""Where a result came from: every dataset, tokenizer, checkpoint and report names what it was made from by hash.
+
+A folder `x` carries `x/artifact.json`; a file `y.json` carries `y.json.artifact.json` beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "artifact.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """kind: what it is ("corpus", "tokenizer", ...); hash: sha256 of its content; path: where it was then."""
+
+    kind: str
+    hash: str
+    path: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    made_from: tuple[Artifact, ...] = ()
+
+
+def record(
+    path: str | Path,
+    kind: str,
+    made_from: Iterable[str | Path | Artifact] = (),
+    facts: dict[str, Any] | None = None,
+) -> Artifact:
+    """Hashes the file or folder at `path` and writes its artifact file, with the whole ancestry of its parents.
+
+    A parent given as a path uses its own artifact file if it has one, else it is a raw file known by its hash.
+    Raises: FileNotFoundError if `path` or a parent does not exist.
+    """
+    path = Path(path)
+    parents = tuple(p if isinstance(p, Artifact) else read(p) or _raw(Path(p)) for p in made_from)
+    made = Artifact(kind, hash_path(path), str(path), facts or {}, parents)
+    target = _file_of(path)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(asdict(made), indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, target)
+    return made
+
+
+def read(path: str | Path) -> Artifact | None:
+    """The artifact recorded for a file or folder, or None if it has none.
+
+    Raises: ValueError if the artifact file is damaged.
+    """
+    target = _file_of(Path(path))
+    if not target.exists():
+        return None
+    try:
+        return _from_json(json.loads(target.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{target}: not an artifact file ({error}); remove it and make {path} again") from None
+
+
+def explain(path: str | Path) -> str:
+    """The ancestry of an artifact as an indented tree, from itself down to raw files.
+
+    Says whether the content still has the recorded hash.
+    Raises: FileNotFoundError if there is no artifact at `path`.
+    """
+    path = Path(path)
+    found = read(path)
+    if found is None:
+        raise FileNotFoundError(f"{path}: no artifact here ({_file_of(path)} is missing)")
+    unchanged = hash_path(path) == found.hash
+    lines: list[str] = []
+    _describe(found, 0, lines)
+    lines[0] += "  content unchanged" if unchanged else "  CONTENT CHANGED since it was recorded"
+    return "\n".join(lines)
+
+
+def hash_path(path: str | Path) -> str:
+    """sha256 of a file's bytes, or of a folder's relative names and bytes in sorted order, without artifact files."""
+    path = Path(path)
+    if path.is_file():
+        return _hash_file(path).hexdigest()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    total = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.endswith(FILE)):
+        total.update(file.relative_to(path).as_posix().encode() + b"\0" + _hash_file(file).digest())
+    return total.hexdigest()
+
+
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _hash_file(path: Path):
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256")
+
+
+def _file_of(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path.with_name(f"{path.name}.{FILE}")
+
+
+def _raw(path: Path) -> Artifact:
+    return Artifact("file", hash_path(path), str(path), {"bytes": path.stat().st_size})
+
+
+def _from_json(found: dict) -> Artifact:
+    parents = tuple(_from_json(p) for p in found["made_from"])
+    return Artifact(found["kind"], found["hash"], found["path"], found["facts"], parents)
+
+
+def _describe(artifact: Artifact, depth: int, lines: list[str]) -> None:
+    facts = "  ".join(f"{k}={v}" for k, v in artifact.facts.items() if not isinstance(v, dict | list))
+    lines.append(f"{'   ' * depth}{artifact.kind}  {artifact.hash[:12]}  {artifact.path}  {facts}".rstrip())
+    for parent in artifact.made_from:
+        _describe(parent, depth + 1, lines)

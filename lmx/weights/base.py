@@ -1,0 +1,86 @@
+"""The one verb of a matrix, `linear`, for arrays and for every other representation of a matrix.
+
+A matrix is stored [d_in, d_out]; a stack of layers leads with [L, ...] in every field of a leaf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lmx.ops.matmul import matmul, matmul_transposed
+
+
+class Weight:
+    """A matrix [d_in, d_out] in another representation than a plain array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix it stands for, a leading [L] included."""
+        raise TypeError(f"{type(self).__name__} does not say its shape")
+
+    def linear(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
+        """x times the matrix, in the dtype of x."""
+        return matmul(x, self.dense())
+
+    def lookup(self, ids: Int[Array, "*B"]) -> Float[Array, "*B d_out"]:
+        """Rows of the matrix, float32."""
+        return self.dense()[ids]
+
+    def dense(self) -> Float[Array, "*L d_in d_out"]:
+        """The matrix as a plain float32 array."""
+        raise TypeError(f"{type(self).__name__} cannot be made dense")
+
+
+@dataclass_transform(frozen_default=True)
+def leaf(cls: type) -> type:
+    """A frozen dataclass as a pytree node: fields are arrays, except those marked `static()`."""
+    cls = dataclass(frozen=True)(cls)
+    data = [f.name for f in fields(cls) if not f.metadata.get("static")]
+    meta = [f.name for f in fields(cls) if f.metadata.get("static")]
+    return jax.tree_util.register_dataclass(cls, data, meta)
+
+
+def static(**options):
+    """A field of a `leaf` that is part of the program, not an array."""
+    return field(metadata={"static": True}, **options)
+
+
+@leaf
+class Transposed(Weight):
+    """The transpose of `base` [d_out, d_in]: a head [D, V] that shares the embedding [V, D]."""
+
+    base: Array | Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, d_out, d_in = shape_of(self.base)
+        return (*lead, d_in, d_out)
+
+    def linear(self, x):
+        return matmul_transposed(x, dense(self.base))
+
+    def dense(self):
+        return jnp.swapaxes(dense(self.base), -1, -2)
+
+
+def linear(x: Float[Array, "*B d_in"], w: Array | Weight) -> Float[Array, "*B d_out"]:
+    """x @ w, computed in the dtype of x and accumulated in float32."""
+    return w.linear(x) if isinstance(w, Weight) else matmul(x, w)
+
+
+def lookup(w: Array | Weight, ids: Int[Array, "*B"]) -> Float[Array, "*B d_out"]:
+    """Rows of an embedding [V, D]; ids must lie in [0, V)."""
+    return w.lookup(ids) if isinstance(w, Weight) else w[ids]
+
+
+def dense(w: Array | Weight) -> Array:
+    return w.dense() if isinstance(w, Weight) else w
+
+
+def shape_of(w: Array | Weight) -> tuple[int, ...]:
+    return tuple(w.shape)
