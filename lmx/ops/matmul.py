@@ -1,0 +1,73 @@
+"""The matrix product of every linear layer: compute-dtype inputs, float32 sums, a gradient of its own.
+
+The product is y = x w. Its gradients are dx = g w^T and dw = x^T g, each one dot with float32 accumulation.
+Weights are stored float32 and rounded here to the dtype of the activations; `dw` comes back without that
+rounding, in the dtype of `w`, while `dx` has the dtype of `x`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*b K"], w: Float[Array, "K M"]) -> Float[Array, "*b M"]:
+    """x w over the last axis of `x`: inputs in x.dtype, sums in float32 or wider, result in x.dtype.
+
+    Raises: ValueError if the last axis of `x` is not the first axis of `w`.
+    """
+    if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"matmul: x {x.shape} and w {w.shape} must be [..., K] and [K, M] with one K")
+    return _dot(x, w.astype(x.dtype), (x.ndim - 1,), (0,)).astype(x.dtype)
+
+
+def _matmul_forward(x, w):
+    return matmul(x, w), (x, w)
+
+
+def _matmul_backward(kept, g):
+    x, w = kept
+    leading = tuple(range(x.ndim - 1))
+    dx = _dot(g, w.astype(x.dtype), (g.ndim - 1,), (1,))
+    dw = _dot(x, g, leading, leading)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def matmul_transposed(x: Float[Array, "*b D"], e: Float[Array, "V D"]) -> Float[Array, "*b V"]:
+    """x e^T: the logits of a head tied to the embedding table `e`. Dtypes as in `matmul`.
+
+    Raises: ValueError if `x` and `e` differ in their last axis.
+    """
+    if x.ndim < 1 or e.ndim != 2 or x.shape[-1] != e.shape[1]:
+        raise ValueError(
+            f"matmul_transposed: x {x.shape} and e {e.shape} must be [..., D] and [V, D] with one D"
+        )
+    return _dot(x, e.astype(x.dtype), (x.ndim - 1,), (1,)).astype(x.dtype)
+
+
+def _matmul_transposed_forward(x, e):
+    return matmul_transposed(x, e), (x, e)
+
+
+def _matmul_transposed_backward(kept, g):
+    x, e = kept
+    leading = tuple(range(x.ndim - 1))
+    dx = _dot(g, e.astype(x.dtype), (g.ndim - 1,), (0,))
+    de = _dot(g, x, leading, leading)
+    return dx.astype(x.dtype), de.astype(e.dtype)
+
+
+matmul_transposed.defvjp(_matmul_transposed_forward, _matmul_transposed_backward)
+
+
+def _dot(a, b, contract_a, contract_b):
+    """Contracts the named axes; 16-bit inputs are summed in float32."""
+    sums = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
+    return lax.dot_general(a, b, ((contract_a, contract_b), ((), ())), preferred_element_type=sums)
