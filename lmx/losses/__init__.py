@@ -1,0 +1,8 @@
+"""Losses as values: a per-token loss, a wrapper that is a loss again, and terms that make an objective."""
+
+from lmx.losses.base import Loss
+from lmx.losses.chunked import Chunked
+from lmx.losses.next_token import NextToken, ZLoss
+from lmx.losses.objective import Term, counts, total
+
+__all__ = ["Chunked", "Loss", "NextToken", "Term", "ZLoss", "counts", "total"]

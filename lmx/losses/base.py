@@ -1,0 +1,25 @@
+"""What a loss is: `(out, batch) -> [B, T]` nats per token, unmasked and not yet divided by anything."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array, Float
+
+
+@dataclass(frozen=True)
+class Loss(ABC):
+    """A per-token loss and its settings. Its value at t depends on hidden states and batch entries at t
+    alone, so that it may be cut along T (see `Chunked`); masks and divisions belong to `total`."""
+
+    @abstractmethod
+    def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
+        """The loss of every token, float32, in nats.
+
+        Args:
+          out: what the model answers: `hidden` [B, T, D] and `logits` [B, T, V] float32, computed when read.
+          batch: arrays [B, T, ...]: `tokens`, `labels`, `loss_mask`, `positions`, `segment_ids`, ...
+        """

@@ -1,0 +1,81 @@
+"""Any per-token loss, computed a slice of T at a time, so that [B, T, V] never exists."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lmx.losses.base import Loss
+
+
+@dataclass(frozen=True)
+class Chunked(Loss):
+    """The same values and gradients as `loss`, holding logits of [B, size, V] instead of [B, T, V].
+
+    Slices of `size` positions go through `jax.lax.scan`; each computes its logits, and computes them again in
+    the backward pass (one more head matmul is the price). A last, shorter slice takes what remains when
+    `size` does not divide T. Cut are `out.hidden`, every batch entry [B, T, ...], and the `hidden` of a batch
+    entry that is itself a model's answer (a teacher's); everything else is passed whole.
+    Args:
+      size: positions in a slice; memory is B * size * V * 4 bytes, a few times over.
+    Raises: ValueError for a size below 1.
+    Source: the chunked cross entropy of Wijmans et al. 2024 (Cut Your Losses), arXiv:2411.09009, section 3,
+      with the cut along T rather than V and rematerialisation in place of a kernel.
+    """
+
+    loss: Loss
+    size: int = 256
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"Chunked: size={self.size} positions; use 1 or more, such as 256")
+
+    def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
+        n_rows, n_positions = out.hidden.shape[:2]
+        if n_positions <= self.size:
+            return self.loss(out, batch)
+        cut, whole = _split(batch, (n_rows, n_positions))
+
+        def slice_loss(hidden, cut):
+            return self.loss(dataclasses.replace(out, hidden=hidden), _join(whole, cut))
+
+        full = n_positions // self.size * self.size
+        scanned = jax.tree.map(lambda x: _stack(x[:, :full], self.size), (out.hidden, cut))
+        body = jax.checkpoint(slice_loss, prevent_cse=False)
+        _, loss = jax.lax.scan(lambda _, xs: (None, body(*xs)), None, scanned)
+        loss = jnp.moveaxis(loss, 0, 1).reshape(n_rows, full)
+        if full == n_positions:
+            return loss
+        tail = jax.tree.map(lambda x: x[:, full:], (out.hidden, cut))
+        return jnp.concatenate([loss, jax.checkpoint(slice_loss)(*tail)], axis=1)
+
+
+def _split(batch, shape):
+    """(entries to cut, entries to pass whole); of another model's answer the hidden states are cut."""
+    cut, whole = {}, {}
+    for name, value in batch.items():
+        if hasattr(value, "hidden"):
+            cut[name], whole[name] = value.hidden, value
+        elif hasattr(value, "shape") and value.shape[:2] == shape:
+            cut[name] = value
+        else:
+            whole[name] = value
+    return cut, whole
+
+
+def _join(whole, cut):
+    return whole | {
+        name: dataclasses.replace(whole[name], hidden=value) if name in whole else value
+        for name, value in cut.items()
+    }
+
+
+def _stack(x, size):
+    """[B, n * size, ...] -> [n, B, size, ...]"""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

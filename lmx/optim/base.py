@@ -1,0 +1,88 @@
+"""What an optimizer is here: a frozen choice of values that builds one optax chain.
+
+    clip by global norm -> direction -> + weight_decay * parameter -> * -lr_t -> [moving average]
+
+Only the direction differs between them. Decay is decoupled from the gradient and falls on the leaves that a
+pattern names. Trees may hold weight leaves of any kind (their arrays are the leaves) and None for what is not
+trained.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import optax
+
+from lmx import tree
+from lmx.optim.ema import ema
+from lmx.optim.schedules import Cosine, Schedule
+
+
+@dataclass(frozen=True)
+class Update(ABC):
+    """The settings that all optimizers share.
+
+    Args:
+      lr: the peak of the schedule.
+      weight_decay: lambda in p <- p - lr_t * (direction + lambda * p), per unit of learning rate as in
+        PyTorch; the lambda of Loshchilov & Hutter (2019, arXiv:1711.05101, algorithm 2) is this one times the
+        peak lr.
+      decay: pattern of the paths that are decayed: matrices, not norms and biases.
+      clip: largest global norm of the gradients; None is off. Pascanu et al. 2013, arXiv:1211.5063, algorithm
+        1.
+      ema: decay of a moving average of the parameters (`ema_params` finds it); None keeps none.
+    """
+
+    lr: float = 1e-3
+    schedule: Schedule = field(default_factory=Cosine)
+    weight_decay: float = 0.1
+    decay: str = "*/w"
+    clip: float | None = 1.0
+    ema: float | None = None
+
+    def __post_init__(self):
+        for name in ("lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={getattr(self, name)} is negative; use 0 or more"
+                )
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"{type(self).__name__}: clip={self.clip} is not positive; None is off")
+
+    def build(self, steps: int, params: Any) -> optax.GradientTransformation:
+        """The transformation for a run of `steps` steps on parameters (or their shapes) like `params`.
+
+        Its `update` needs the parameters as third argument.
+        Raises: ValueError if the decay pattern fits no parameter, or the schedule does not fit the steps.
+        """
+        if self.weight_decay:
+            tree.check_pattern(params, self.decay)
+        parts = [] if self.clip is None else [optax.clip_by_global_norm(self.clip)]
+        parts.append(self.step(steps, params))
+        if self.ema is not None:
+            parts.append(ema(self.ema))
+        return optax.chain(*parts)
+
+    def step(self, steps: int, params: Any) -> optax.GradientTransformation:
+        """direction -> decay -> learning rate: the chain without what acts on the whole tree at once."""
+        parts = [self.direction(params)]
+        if self.weight_decay:
+            parts.append(optax.add_decayed_weights(self.weight_decay, self._decayed))
+        return optax.chain(*parts, optax.scale_by_learning_rate(self.schedule(self.lr, steps)))
+
+    @abstractmethod
+    def direction(self, params: Any) -> optax.GradientTransformation:
+        """Gradients -> what is subtracted from the parameters, before decay and the learning rate."""
+
+    def _decayed(self, params):
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, _: tree.matches(tree.path_str(keys), self.decay), params
+        )
+
+
+def lr_at(update: Update, steps: int, step: jax.typing.ArrayLike) -> jax.Array:
+    """The learning rate of update number `step`, counted from 0, in a run of `steps`; float32, traceable."""
+    return update.schedule(update.lr, steps)(step)
