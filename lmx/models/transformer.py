@@ -1,0 +1,237 @@
+"""The Transformer: embed, L blocks, norm, head; as `init`, `apply` over whole sequences, `step` with a cache.
+
+h_0 = embed[tokens];  h_l = block(h_{l-1});  logits = norm(h_L) W_head        (Vaswani et al. 2017, decoder only)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from lmx.nn import Block, BlockConfig, Context, Norm, weight
+from lmx.ops.attention import attention
+from lmx.ops.mask import Where
+from lmx.ops.position import Position, RoPE
+from lmx.weights import Transposed, Weight, leaf, linear, lookup, static
+
+REMAT: dict[str, Any] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True)
+class TransformerConfig(BlockConfig):
+    """vocab_size: None means the tokenizer's. tie_head: the head is the embedding, transposed (Press & Wolf 2017).
+
+    scale_embed: embeddings times sqrt(d_model) (Vaswani et al. 2017, section 3.4). logit_softcap: c tanh(logit / c).
+    init_std: of embedding and input matrices; the two matrices that write to the residual stream get
+    init_std / sqrt(2 n_layers) (Radford et al. 2019, section 2.3). dtype: of activations; parameters are float32.
+    remat: "none", "dots" (keep matmul results) or "full" (keep layer inputs). unroll: layers per scan step;
+    None means all of them on a CPU with up to 16 layers, else 1.
+    """
+
+    vocab_size: int | None = None
+    d_model: int = 256
+    n_layers: int = 4
+    position: Position = RoPE()
+    tie_head: bool = True
+    scale_embed: bool = False
+    logit_softcap: float | None = None
+    init_std: float = 0.02
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.attention.width(self.d_model)
+        for name in ("d_model", "n_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TransformerConfig: {name}={getattr(self, name)} must be at least 1")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'TransformerConfig: dtype={self.dtype!r}; use "float32" or "bfloat16"')
+        if self.remat not in ("none", *REMAT):
+            raise ValueError(f'TransformerConfig: remat={self.remat!r}; use "none", "dots" or "full"')
+
+
+@leaf
+class Out:
+    """What a forward pass returns: hidden [B, T, D] after the last norm, and the head that makes logits of it."""
+
+    hidden: Float[Array, "B T D"]
+    head: Array | Weight
+    softcap: float | None = static(default=None)
+
+    @property
+    def logits(self) -> Float[Array, "B T V"]:
+        """Float32, computed each time it is read."""
+        logits = linear(self.hidden, self.head).astype(jnp.float32)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+
+@leaf
+class Cache:
+    """Keys and values of the tokens seen so far; slot s of row b is empty while segment_ids[b, s] is 0."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    length: Int[Array, "B"]
+
+
+class Model(NamedTuple):
+    """Pure functions of one configuration.
+
+    init(key) -> params
+    apply(params, batch, key=None) -> Out; batch has tokens [B, T], and positions and segment_ids if packed;
+      a key turns dropout on.
+    step(params, cache, tokens [B, t], valid [B, t] or None) -> (Out, cache): the next t tokens of each row;
+      valid is False on right padding, which leaves no trace in the cache.
+    new_cache(batch_size, length) -> Cache with room for `length` tokens per row; more are dropped.
+    """
+
+    init: Callable
+    apply: Callable
+    step: Callable
+    new_cache: Callable
+    config: TransformerConfig
+
+
+class Transformer(nn.Module):
+    config: TransformerConfig
+    attend: Callable
+    constrain: Callable
+    unroll: int
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"], where: Where, cache=None, slots=None, kv_where=None):
+        c = self.config
+        embed = weight(self, "embed", nn.initializers.normal(c.init_std), (c.vocab_size, c.d_model))
+        position_weights = {
+            name: self.param(f"position_{name}", nn.initializers.normal(std), shape, jnp.float32)
+            for name, (shape, std) in c.position.weights(c.d_model, c.attention.n_heads).items()
+        }
+        x = lookup(embed, tokens)
+        if c.scale_embed:
+            x = x * c.d_model**0.5
+        x = c.position.embed(x, where.positions, position_weights)
+        x = nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
+        x = self.constrain(x.astype(c.dtype))
+        block = Block if c.remat == "none" else nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.n_layers,
+            unroll=self.unroll,
+        )(
+            c,
+            c.position,
+            self.attend,
+            c.init_std,
+            c.init_std / (2 * c.n_layers) ** 0.5,
+            self.deterministic,
+            name="blocks",
+        )
+        context = Context(where, position_weights, slots, kv_where)
+        (x, cache), _ = layers((x, cache), jnp.arange(c.n_layers), context)
+        x = self.constrain(Norm(c.norm, name="norm")(x))
+        if c.tie_head:
+            head = Transposed(embed)
+        else:
+            head = weight(self, "head", nn.initializers.normal(c.init_std), (c.d_model, c.vocab_size))
+        return Out(x, head, c.logit_softcap), cache
+
+
+def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str | None = None) -> Model:
+    """The model's functions, with attention and scan chosen for a platform ("cpu", "gpu", "tpu").
+
+    platform: None means that of the mesh, or jax's default backend.
+    Raises: ValueError if vocab_size is not set.
+    """
+    if config.vocab_size is None:
+        raise ValueError("TransformerConfig: vocab_size=None; set it, or let the run take the tokenizer's")
+    if platform is None:
+        platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    unroll = config.unroll or (config.n_layers if platform == "cpu" and config.n_layers <= 16 else 1)
+
+    def constrain(x):
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(("data", "fsdp"), None, None)))
+
+    attend = attention
+    make = partial(Transformer, config, attend, constrain, unroll)
+
+    def init(key):
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        return make().init({"params": key}, tokens, _places(tokens))["params"]
+
+    def apply(params, batch, key=None):
+        where = Where(batch["positions"], batch["segment_ids"]) if "positions" in batch else _places(batch["tokens"])
+        _check_length(config, batch["tokens"].shape[1])
+        module = make(deterministic=key is None or config.dropout == 0)
+        out, _ = module.apply({"params": params}, batch["tokens"], where, rngs=None if key is None else {"dropout": key})
+        return out
+
+    def step(params, cache, tokens, valid=None):
+        B, t = tokens.shape
+        valid = jnp.ones((B, t), bool) if valid is None else valid
+        positions = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        slots = jnp.where(valid, positions, cache.positions.shape[1])
+        rows = jnp.arange(B)[:, None]
+        kv_where = Where(
+            cache.positions.at[rows, slots].set(positions, mode="drop"),
+            cache.segment_ids.at[rows, slots].set(1, mode="drop"),
+        )
+        out, (k, v) = make().apply(
+            {"params": params}, tokens, Where(positions, valid.astype(jnp.int32)), (cache.k, cache.v), slots, kv_where
+        )
+        return out, Cache(k, v, *kv_where, cache.length + valid.sum(1, dtype=jnp.int32))
+
+    def new_cache(batch_size: int, length: int) -> Cache:
+        _check_length(config, length)
+        a = config.attention
+        kv = jnp.zeros((config.n_layers, batch_size, length, a.kv_heads, a.width(config.d_model)), config.dtype)
+        empty = jnp.zeros((batch_size, length), jnp.int32)
+        return Cache(kv, kv, empty, empty, jnp.zeros(batch_size, jnp.int32))
+
+    return Model(init, apply, step, new_cache, config)
+
+
+def flops_per_token(config: TransformerConfig, seq_len: int) -> float:
+    """FLOPs of one training token, forward and backward: 6 per matrix parameter, and 12 L N H T for attention.
+
+    The embedding lookup is free, the head counts; the causal half of attention is not subtracted.
+    Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    """
+    a, D = config.attention, config.d_model
+    H, d_ff = a.width(D), config.mlp.width(D)
+    gates = 3 if config.mlp.activation in ("swiglu", "geglu") else 2
+    matrices = config.n_layers * (2 * D * H * (a.n_heads + a.kv_heads) + gates * D * d_ff) + D * config.vocab_size
+    return 6.0 * matrices + 12.0 * config.n_layers * a.n_heads * H * seq_len
+
+
+def _places(tokens: Int[Array, "B T"]) -> Where:
+    """One unpacked sequence per row."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    return Where(positions, jnp.ones_like(positions))
+
+
+def _check_length(config: TransformerConfig, length: int) -> None:
+    limit = config.position.max_len()
+    if limit is not None and length > limit:
+        raise ValueError(f"{config.position} has no position past {limit}, asked for {length}; raise it")

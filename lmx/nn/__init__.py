@@ -1,0 +1,21 @@
+"""Thin linen modules: they name parameters and wire pure functions of `lmx.ops` together."""
+
+from lmx.nn.attention import Attention, AttentionConfig, Context
+from lmx.nn.block import Block, BlockConfig
+from lmx.nn.linear import Linear, weight
+from lmx.nn.mlp import Mlp, MlpConfig
+from lmx.nn.norm import Norm, NormConfig
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "Block",
+    "BlockConfig",
+    "Context",
+    "Linear",
+    "Mlp",
+    "MlpConfig",
+    "Norm",
+    "NormConfig",
+    "weight",
+]
