@@ -1,6 +1,6 @@
 """Whole models as tuples of pure functions."""
 
 from lmx.models.presets import PRESETS, preset
-from lmx.models.transformer import Cache, Model, Out, TransformerConfig, build, flops_per_token
+from lmx.models.transformer import RULES, Cache, Model, Out, TransformerConfig, build, flops_per_token
 
-__all__ = ["PRESETS", "Cache", "Model", "Out", "TransformerConfig", "build", "flops_per_token", "preset"]
+__all__ = ["PRESETS", "RULES", "Cache", "Model", "Out", "TransformerConfig", "build", "flops_per_token", "preset"]

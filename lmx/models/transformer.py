@@ -17,11 +17,21 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from lmx.mesh import Rules
 from lmx.nn import Block, BlockConfig, Context, Norm, weight
 from lmx.ops.attention import attention
 from lmx.ops.mask import Where
 from lmx.ops.position import Position, RoPE
 from lmx.weights import Transposed, Weight, leaf, linear, lookup, static
+
+RULES: Rules = (
+    ("*/q/w*|*/k/w*|*/v/w*|*/up/w*|*/gate/w*|head*", ("fsdp", "tensor")),
+    ("*/o/w*|*/down/w*", ("tensor", "fsdp")),
+    ("embed*", ("tensor", "fsdp")),
+    ("*/q/b|*/k/b|*/v/b|*/up/b|*/gate/b", ("tensor",)),
+    ("*/b|*scale|*bias|position_*", ()),
+)
+"""Mesh axes of the last dimensions of each parameter, as `lmx.mesh.shardings` reads them."""
 
 REMAT: dict[str, Any] = {
     "full": None,

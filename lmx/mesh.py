@@ -1,0 +1,112 @@
+"""Where arrays live: a mesh of devices with axes data, fsdp and tensor, and path patterns that place parameters on it.
+
+data copies parameters and splits batches; fsdp splits both (Rajbhandari et al. 2020, ZeRO stage 3); tensor splits
+matrices within a layer (Shoeybi et al. 2019, Megatron-LM, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmx import tree
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+Rules = tuple[tuple[str, tuple], ...]
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1 and takes what is left.
+
+    pmap: run the step under `jax.pmap` over the data axis instead of `jax.jit` on the mesh.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    pmap: bool = False
+
+    def __post_init__(self):
+        sizes = self.sizes
+        if sum(n == -1 for n in sizes) > 1 or any(n < 1 and n != -1 for n in sizes):
+            raise ValueError(f"MeshConfig: {self}: sizes must be 1 or more, and at most one of them -1")
+        if self.pmap and (self.fsdp, self.tensor) != (1, 1):
+            raise ValueError(f"MeshConfig: {self}: pmap splits data only; use fsdp=1, tensor=1 or pmap=False")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.data, self.fsdp, self.tensor
+
+    def build(self, devices: list | None = None) -> Mesh:
+        """The mesh over these devices, or all that jax sees.
+
+        Raises: ValueError if the sizes do not multiply to the number of devices.
+        """
+        devices = jax.devices() if devices is None else devices
+        fixed = math.prod(n for n in self.sizes if n != -1)
+        sizes = tuple(len(devices) // fixed if n == -1 else n for n in self.sizes)
+        if math.prod(sizes) != len(devices):
+            product = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, self.sizes))
+            raise ValueError(f"mesh: {product} does not fill {len(devices)} devices; set one of them to -1")
+        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf of a parameter tree, by the first rule whose pattern fits its path.
+
+    A rule names the mesh axis of each of the last dimensions; dimensions before them (layers) are not split,
+    and neither is one that its axis does not divide.
+    Raises: ValueError naming the parameters that no rule covers.
+    """
+    uncovered = [p for p in tree.paths(shapes) if not any(tree.matches(p, pattern) for pattern, _ in rules)]
+    if uncovered:
+        raise ValueError(f"no sharding rule covers {', '.join(uncovered[:5])}; add a (pattern, axes) rule")
+
+    def place(keys, x):
+        axes = next(axes for pattern, axes in rules if tree.matches(tree.path_str(keys), pattern))
+        axes = (None,) * (len(x.shape) - len(axes)) + tuple(axes)
+        fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape)]
+        return NamedSharding(mesh, P(*fits))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def follow(shapes: Any, params: Any, placed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree that mirrors parameters in places (an optimizer's state): as the parameter, else copied.
+
+    A leaf mirrors a parameter if its path ends with the parameter's and its shape is the same.
+    """
+    known = {
+        tree.path_str(keys): (x.shape, s)
+        for (keys, x), s in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(placed))
+    }
+
+    def place(keys, x):
+        parts = tree.path_str(keys).split("/")
+        for start in range(len(parts)):
+            shape, sharding = known.get("/".join(parts[start:]), (None, None))
+            if shape == x.shape:
+                return sharding
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def check_batch(batch_size: int, n_micro: int, mesh: Mesh) -> None:
+    """Raises: ValueError if rows do not split evenly over micro-batches and devices."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (n_micro * shards):
+        near = max(1, round(batch_size / (n_micro * shards))) * n_micro * shards
+        raise ValueError(
+            f"batch_size={batch_size} does not split into n_micro={n_micro} x {shards} devices "
+            f"(data x fsdp); use {near}"
+        )

@@ -1,0 +1,132 @@
+"""A run: the tree of all its choices. Two runs differ by the values in which they differ, and by nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+
+from lmx import values
+from lmx.data import Data
+from lmx.losses import NextToken, Term
+from lmx.mesh import MeshConfig
+from lmx.models import TransformerConfig
+from lmx.optim import AdamW, Update
+from lmx.train.step import Enrich
+from lmx.weights.surgery import Surgery
+
+
+@dataclass(frozen=True)
+class Run:
+    """model, data, optim: what is trained, on what, and how its updates are made.
+    objective: named loss terms. start: surgeries on the fresh parameters. trainable: pattern of the paths that learn.
+    enrich: what the step adds to each batch. steps: updates; n_micro: parts a batch is cut into to save memory.
+    eval_every, save_every: in steps; eval_batches: None means all validation rows. keep: latest checkpoints kept,
+    beside the best. max_skips: updates in a row that may be left out as not finite before the run stops.
+    """
+
+    model: TransformerConfig = TransformerConfig()
+    data: Data = Data()
+    optim: Update = AdamW()
+    objective: dict[str, Term] = field(default_factory=lambda: {"ce": Term(NextToken())})
+    start: tuple[Surgery, ...] = ()
+    trainable: str = "*"
+    enrich: Enrich = Enrich()
+    steps: int = 1000
+    n_micro: int = 1
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    eval_every: int = 250
+    eval_batches: int | None = None
+    save_every: int = 500
+    keep: int = 3
+    max_skips: int = 10
+
+    def __post_init__(self):
+        for name in ("steps", "n_micro", "eval_every", "save_every", "keep", "max_skips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Run: {name}={getattr(self, name)} must be at least 1")
+        if not self.objective:
+            raise ValueError("Run: objective has no term; use {'ce': Term(NextToken())}")
+
+    def override(self, changes: dict[str, str]) -> Run:
+        """Fields replaced by text, as `--set optim.lr=3e-4` does."""
+        return values.override(self, changes)
+
+    def tiny(self) -> Run:
+        """The same run in CPU minutes: narrow, short, few steps."""
+        a = self.model.attention
+        shared = max(1, min(a.n_heads // a.kv_heads, 4))
+        attention = replace(a, n_heads=4, n_kv_heads=4 // shared if 4 % shared == 0 else 4, head_dim=None)
+        model = replace(
+            self.model,
+            d_model=64,
+            n_layers=min(self.model.n_layers, 2),
+            attention=attention,
+            mlp=replace(self.model.mlp, d_ff=None),
+            dtype="float32",
+            remat="none",
+        )
+        data = replace(self.data, seq_len=min(self.data.seq_len, 64), batch_size=min(self.data.batch_size, 8))
+        steps = min(self.steps, 50)
+        return replace(
+            self, model=model, data=data, steps=steps, n_micro=1, eval_every=min(self.eval_every, 25), eval_batches=4
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the run as text that `load` reads and people can."""
+        Path(path).write_text(values.show(self) + "\n", encoding="utf-8")
+
+
+def load(path: str | Path) -> Run:
+    """Reads a saved run. Nothing in the file is executed.
+
+    Raises: FileNotFoundError, or ValueError naming the place that cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no saved run here")
+    return values.parse(path.read_text(encoding="utf-8"), Run, str(path))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A file that asks one question: its name, its docstring, and its runs by variant; "base" is always one."""
+
+    name: str
+    path: Path
+    question: str
+    runs: dict[str, Run]
+
+    def variant(self, name: str) -> Run:
+        if name not in self.runs:
+            raise ValueError(f"{self.path}: no variant {name!r}; it has {', '.join(self.runs)}")
+        return self.runs[name]
+
+
+def experiment(path: str | Path) -> Experiment:
+    """Imports an experiment file: `base() -> Run`, and if it has variants, `variants() -> dict[str, Run]`.
+
+    Raises: FileNotFoundError, or ValueError if the file has no base().
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{path}: no such experiment" + (f"; there are {', '.join(near)}" if near else ""))
+    module = _import(path)
+    if not callable(getattr(module, "base", None)):
+        raise ValueError(f"{path}: an experiment defines base() -> Run, and may define variants() -> dict[str, Run]")
+    runs = {"base": module.base()}
+    if callable(getattr(module, "variants", None)):
+        runs |= module.variants()
+    return Experiment(path.stem, path, (module.__doc__ or "").strip(), runs)
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"lmx_experiment_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,120 @@
+"""The loop is a generator: `for state, metrics in steps(run)`. What is done with each step is the caller's body."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmx import data as datasets
+from lmx.data.batches import ahead, iterate
+from lmx.train.program import Program, program
+from lmx.train.state import State
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run with its data at hand: its values, the prepared text, and where it is computed."""
+
+    run: Any
+    prepared: Any
+    devices: tuple | None = None
+
+    @cached_property
+    def program(self) -> Program:
+        return program(self.run, self.run.mesh.build(self.devices and list(self.devices)))
+
+    def init(self) -> State:
+        return self.program.init(self.run.seed)
+
+    def steps(self, state: State) -> Iterator[tuple[State, dict]]:
+        """From a state to the end of the run, one update at a time; metrics stay on the device until read.
+
+        The arrays of a state are given up when the next step is asked for: keep copies, not states.
+        """
+        start = int(state.step)
+        batches = iterate(
+            self.prepared.train,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        try:
+            for _ in range(start, self.run.steps):
+                _, batch = next(batches)
+                state, metrics = self.program.step(state, self.program.place(batch))
+                yield state, metrics
+        finally:
+            batches.close()
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """Mean next-token loss, in nats per token, over the validation rows (the first `eval_batches` batches)."""
+        rows = datasets.process_rows(self.run.data.batch_size, jax.process_index(), jax.process_count())
+        nats = tokens = 0.0
+        params = state.params
+        for i, batch in enumerate(ahead(self.prepared.valid.once(), depth=2)):
+            if i == self.run.eval_batches:
+                break
+            local = {name: x[rows] for name, x in batch.items()}
+            sums = self.program.evaluate(params, self.program.place(local))
+            nats, tokens = nats + float(sums[0]), tokens + float(sums[1])
+        return {"valid/loss": nats / tokens}
+
+
+def session(run: Any, *, cache: str | Path | None = None, devices: list | None = None, progress=None) -> Session:
+    """Prepares the run's data (or finds it prepared) and takes the vocabulary size from its tokenizer.
+
+    cache: folder of prepared data and compiled programs; None means `cache_folder()`.
+    Raises: ValueError if the model's vocab_size is smaller than the tokenizer's.
+    """
+    cache = Path(cache or cache_folder())
+    keep_compiled(cache / "xla")
+    prepared = datasets.prepare(run.data, cache / "data", seed=run.seed, progress=progress)
+    return Session(with_vocab(run, prepared.tokenizer.vocab_size), prepared, devices and tuple(devices))
+
+
+def steps(run: Any, **options) -> Iterator[tuple[State, dict]]:
+    """Trains from the start: yields (state, metrics) after each update. Options are those of `session`.
+
+    >>> import lmx, itertools
+    >>> run = lmx.Run(data=lmx.data.Data((lmx.data.Documents(("abc " * 200,)),), seq_len=16, batch_size=8), steps=3)
+    >>> losses = [float(metrics["loss"]) for state, metrics in lmx.train.steps(run)]
+    >>> len(losses)
+    3
+    """
+    prepared = session(run, **options)
+    return prepared.steps(prepared.init())
+
+
+def with_vocab(run: Any, vocab_size: int) -> Any:
+    """The run with the model's vocab_size set. Raises: ValueError if it is set too small for the tokenizer."""
+    asked = run.model.vocab_size
+    if asked is not None and asked < vocab_size:
+        raise ValueError(f"model.vocab_size={asked} is smaller than the tokenizer's {vocab_size}; leave it unset")
+    return replace(run, model=replace(run.model, vocab_size=asked or vocab_size))
+
+
+def cache_folder() -> Path:
+    """LMX_CACHE, or lmx in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LMX_CACHE") or Path(home) / "lmx")
+
+
+def keep_compiled(folder: Path) -> None:
+    """Turns jax's persistent compilation cache on, unless the user has chosen one."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def to_host(metrics: dict) -> dict[str, float]:
+    """Waits for the step and gives its metrics as Python numbers."""
+    return {name: np.asarray(x).item() for name, x in jax.device_get(metrics).items()}

@@ -1,0 +1,123 @@
+"""A run's compiled functions on a mesh, made from its values and nothing else: no data, no files.
+
+The same functions train here, and compile for a machine that is not here (`lmx plan`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmx import losses, models, tree
+from lmx import mesh as meshes
+from lmx.train.state import State, new_state
+from lmx.train.step import train_step
+from lmx.weights.surgery import chain
+
+BATCH_DTYPES = {
+    "tokens": np.int32,
+    "labels": np.int32,
+    "loss_mask": np.float32,
+    "positions": np.int32,
+    "segment_ids": np.int32,
+}
+
+
+class Program(NamedTuple):
+    """init(seed) -> State; step(state, batch) -> (state, metrics); evaluate(params, batch) -> (nats, tokens) summed;
+    shapes: State of ShapeDtypeStruct with shardings; place(host batch) -> arrays on the mesh."""
+
+    model: models.Model
+    mesh: Mesh
+    init: Callable[[int], State]
+    step: Callable
+    evaluate: Callable
+    shapes: State
+    place: Callable
+
+
+def program(run: Any, mesh: Mesh) -> Program:
+    """Compiled lazily by jax, at the first call of each function.
+
+    Raises: ValueError if the batch does not split over the mesh, a pattern fits no parameter, or a parameter has no
+      sharding rule.
+    """
+    meshes.check_batch(run.data.batch_size, run.n_micro, mesh)
+    pmap = run.mesh.pmap
+    model = models.build(run.model, mesh=None if pmap else mesh, platform=mesh.devices.flat[0].platform)
+
+    def params_of(key):
+        return chain(*run.start)(model.init(jax.random.fold_in(key, 0)), jax.random.fold_in(key, 1))
+
+    shapes = jax.eval_shape(lambda: params_of(jax.random.key(0)))
+    tx = run.optim.build(run.steps, tree.partition(shapes, run.trainable)[0])
+
+    def init(seed):
+        key = jax.random.key(seed)
+        return new_state(params_of(key), run.trainable, tx, jax.random.fold_in(key, 2))
+
+    state_shapes = jax.eval_shape(init, 0)
+    placed = _placed(state_shapes, mesh)
+    step = partial(
+        train_step, apply=model.apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
+    )
+    if pmap:
+        step = _pmapped(step, mesh)
+    else:
+        step = jax.jit(step, donate_argnums=0, out_shardings=(placed, NamedSharding(mesh, P())))
+    return Program(
+        model,
+        mesh,
+        jax.jit(init, static_argnums=0, out_shardings=placed),
+        step,
+        jax.jit(partial(_evaluate, model.apply), out_shardings=NamedSharding(mesh, P())),
+        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, placed),
+        partial(_place, NamedSharding(mesh, meshes.BATCH)),
+    )
+
+
+def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The abstract batch of a run: [B, T] each, rows over data and fsdp."""
+    shape = (run.data.batch_size, run.data.seq_len)
+    sharding = NamedSharding(mesh, meshes.BATCH)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+
+
+def _placed(state: State, mesh: Mesh) -> State:
+    params = state.params
+    placed = meshes.shardings(params, models.RULES, mesh)
+    return meshes.follow(state, params, placed, mesh)
+
+
+def _evaluate(apply, params, batch):
+    loss = losses.NextToken()(apply(params, batch), batch)
+    return (loss * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+
+
+def _place(sharding, batch):
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def _pmapped(step, mesh):
+    """The same step over the data axis, each device seeing its share; sums go through psum."""
+    axis = "data"
+    n = mesh.devices.size
+
+    def share(state, batch):
+        return step(
+            state, batch, reduce=partial(jax.lax.psum, axis_name=axis), salt=jax.lax.axis_index(axis)
+        )
+
+    mapped = jax.pmap(
+        share, axis_name=axis, in_axes=(None, 0), out_axes=(None, None), devices=list(mesh.devices.flat)
+    )
+    return lambda state, batch: mapped(
+        state, {name: jnp.reshape(x, (n, -1, *x.shape[1:])) for name, x in batch.items()}
+    )
