@@ -32,20 +32,27 @@ def record(
     kind: str,
     made_from: Iterable[str | Path | Artifact] = (),
     facts: dict[str, Any] | None = None,
+    at: str | Path | None = None,
 ) -> Artifact:
     """Hashes the file or folder at `path` and writes its artifact file, with the whole ancestry of its parents.
 
     A parent given as a path uses its own artifact file if it has one, else it is a raw file known by its hash.
+    Args:
+      at: the path to write down, where the folder gets its final name only after its artifact is inside.
     Raises: FileNotFoundError if `path` or a parent does not exist.
     """
     path = Path(path)
-    parents = tuple(p if isinstance(p, Artifact) else read(p) or _raw(Path(p)) for p in made_from)
-    made = Artifact(kind, hash_path(path), str(path), facts or {}, parents)
+    made = Artifact(kind, hash_path(path), str(at or path), facts or {}, tuple(find(p) for p in made_from))
     target = _file_of(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     partial.write_text(json.dumps(asdict(made), indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(partial, target)
     return made
+
+
+def find(path: str | Path | Artifact) -> Artifact:
+    """What is recorded for a file or folder, or else the raw file itself, known by its hash."""
+    return path if isinstance(path, Artifact) else read(path) or _raw(Path(path))
 
 
 def read(path: str | Path) -> Artifact | None:
