@@ -15,7 +15,7 @@ Cell = str | int | float | bool | Interval | None
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of names and rows of cells; a column whose cells are all numbers is aligned to the right.
+    """Columns of names and rows of cells; a column of mostly numbers is aligned to the right.
 
     best names columns where the smallest ("min") or largest ("max") number is set in bold.
 
@@ -49,7 +49,7 @@ class Table:
 
     def text(self) -> str:
         """Aligned for a terminal with a fixed-width font; no colours, no trailing spaces."""
-        body = [[_one_line(show(cell)) for cell in row] for row in self.rows]
+        body = [[_one_line(cell) for cell in row] for row in self._shown()]
         widths = [max(map(width, column)) for column in zip(self.columns, *body)]
         right = self._right()
 
@@ -67,8 +67,8 @@ class Table:
         head = "| " + " | ".join(map(_markdown, self.columns)) + " |"
         rule = "|" + "|".join("---:" if r else "---" for r in self._right()) + "|"
         lines = [head, rule]
-        for i, row in enumerate(self.rows):
-            cells = [_markdown(show(cell)) for cell in row]
+        for i, row in enumerate(self._shown()):
+            cells = [_markdown(cell) for cell in row]
             cells = [f"**{c}**" if (i, j) in bold else c for j, c in enumerate(cells)]
             lines.append("| " + " | ".join(cells) + " |")
         title = [f"**{_markdown(self.caption)}**", ""] if self.caption else []
@@ -80,10 +80,10 @@ class Table:
         kind = [' class="n"' if r else "" for r in right]
         head = "".join(f'<th scope="col"{k}>{html.escape(c)}</th>' for c, k in zip(self.columns, kind))
         lines = []
-        for i, row in enumerate(self.rows):
+        for i, row in enumerate(self._shown()):
             cells = []
             for j, cell in enumerate(row):
-                shown = html.escape(show(cell))
+                shown = html.escape(cell)
                 shown = f"<strong>{shown}</strong>" if (i, j) in bold else shown
                 opening, closing = (
                     ('<th scope="row"', "</th>") if j == 0 and not right[0] else ("<td", "</td>")
@@ -93,10 +93,13 @@ class Table:
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
+    def _shown(self) -> list[tuple[str, ...]]:
+        return list(zip(*map(_show_column, zip(*self.rows))))
+
     def _right(self) -> list[bool]:
         columns = zip(*self.rows) if self.rows else ((),) * len(self.columns)
         known = [[c for c in column if c is not None] for column in columns]
-        return [bool(column) and all(_is_number(c) for c in column) for column in known]
+        return [2 * sum(map(_is_number, column)) > len(column) for column in known]
 
     def _bold(self) -> set[tuple[int, int]]:
         found = set()
@@ -129,6 +132,17 @@ def show(cell: Cell) -> str:
             return f"{cell:,.0f}" if abs(cell) < 1e15 else f"{cell:.4g}"
         return f"{cell:.4g}"
     return str(cell)
+
+
+def _show_column(cells: Sequence[Cell]) -> list[str]:
+    """Numbers of like size get as many decimals as the largest needs for four digits, less shared zeros."""
+    floats = [abs(c) for c in cells if isinstance(c, float) and math.isfinite(c) and c != 0]
+    if not floats or max(floats) >= 1000 or max(floats) > 1000 * min(floats) or min(floats) < 1e-4:
+        return [show(c) for c in cells]
+    decimals = 3 - math.floor(math.log10(max(floats)))
+    while decimals and all(f"{x:.{decimals}f}".endswith("0") for x in floats):
+        decimals -= 1
+    return [f"{c:.{decimals}f}" if isinstance(c, float) and math.isfinite(c) else show(c) for c in cells]
 
 
 def width(text: str) -> int:

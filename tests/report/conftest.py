@@ -44,7 +44,7 @@ class Elements(HTMLParser):
         return {t for t, _, _ in self.all}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def elements():
     """html -> Elements."""
 

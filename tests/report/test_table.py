@@ -20,7 +20,7 @@ LANGUAGES = Table(
 def test_numbers_end_in_the_same_terminal_column_after_devanagari_and_wide_characters():
     lines = LANGUAGES.text().splitlines()[2:]
     assert len({width(line) for line in lines}) == 1
-    assert lines[0] == "language           loss  tokens"
+    assert lines[0] == "language         loss  tokens"
     assert lines[3].startswith("English ")
 
 

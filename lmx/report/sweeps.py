@@ -1,0 +1,141 @@
+"""A sweep on one page: variants against seeds, with intervals, and what failed.
+
+A sweep's folder holds sweep.json, {"metric": "valid/loss", "cells": [{"variant", "seed", "path", "status",
+"error"}, ...]}, or else plain folders <variant>/<seed>/; each cell is a run's folder.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmx.report import plots
+from lmx.report.page import Block, Figure, Page, Section, Text
+from lmx.report.runs import LOSS, read_json, read_metrics
+from lmx.report.stats import mean_interval, paired_difference
+from lmx.report.table import Cell, Table
+
+Series = dict[str, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of a sweep: its run folder `path` below the sweep's, and how it ended.
+
+    status is "done", "running", "failed" or "planned"; `error` says why it failed.
+    """
+
+    variant: str
+    seed: int
+    path: str
+    status: str = "done"
+    error: str = ""
+
+
+def read_sweep(sweep_dir: str | Path) -> tuple[str, list[Trial]]:
+    """The metric a sweep is judged by, and its cells in the order they were planned.
+
+    Raises: FileNotFoundError if the folder holds neither sweep.json nor <variant>/<seed>/ folders.
+    """
+    sweep_dir = Path(sweep_dir)
+    plan = read_json(sweep_dir / "sweep.json")
+    if plan is not None:
+        known = ("variant", "seed", "path", "status", "error")
+        trials = [Trial(**{k: cell[k] for k in known if k in cell}) for cell in plan["cells"]]
+        return plan.get("metric", "valid/loss"), trials
+    trials = []
+    for folder in sorted(p for p in sweep_dir.glob("*/*") if p.is_dir()):
+        digits = "".join(c for c in folder.name if c.isdigit())
+        if digits:
+            trials.append(Trial(folder.parent.name, int(digits), str(folder.relative_to(sweep_dir))))
+    if not trials:
+        raise FileNotFoundError(f"{sweep_dir}: neither sweep.json nor <variant>/<seed>/ folders here")
+    return "valid/loss", trials
+
+
+def read_trial(sweep_dir: str | Path, trial: Trial, metric: str) -> tuple[Series, float | str]:
+    """The metrics of a cell, and its last `metric`, or in a word or two why there is none to count.
+
+    A cell counts only when it is done: a run that was stopped half way has not the loss of a whole one.
+    """
+    try:
+        series = read_metrics(Path(sweep_dir) / trial.path)
+    except FileNotFoundError:
+        return {}, "missing" if trial.status == "done" else trial.status
+    except ValueError as error:
+        return {}, f"unreadable: {error}"
+    if trial.status != "done":
+        return series, trial.status
+    if metric not in series:
+        return series, f"no {metric}"
+    last = series[metric][-1][1]
+    return series, last if math.isfinite(last) else "diverged"
+
+
+def sweep_table(metric: str, ends: dict[tuple[str, int], float | str]) -> Table:
+    """Variants down, seeds across, then the mean and the difference from the first variant, paired by seed.
+
+    Args:
+      ends: (variant, seed) -> last value, or where there is none a word, after which a colon may explain.
+    """
+    variants, seeds = list(dict.fromkeys(v for v, _ in ends)), sorted({s for _, s in ends})
+    base = {s: x for (v, s), x in ends.items() if v == variants[0] and isinstance(x, float)}
+    rows: list[tuple[Cell, ...]] = []
+    for v in variants:
+        own = {s: x for (w, s), x in ends.items() if w == v and isinstance(x, float)}
+        shared = sorted(own.keys() & base.keys()) if v != variants[0] else []
+        difference = (
+            paired_difference([own[s] for s in shared], [base[s] for s in shared]) if shared else None
+        )
+        mean = mean_interval(list(own.values())) if own else None
+        cells = [ends.get((v, s)) for s in seeds]
+        rows.append((v, *(c.partition(":")[0] if isinstance(c, str) else c for c in cells), mean, difference))
+    columns = ("variant", *(f"seed {s}" for s in seeds), "mean", f"less {variants[0]}")
+    caption = f"Last {metric}; ± is the 95 % t-interval over seeds, and differences are paired by seed."
+    return Table(columns, tuple(rows), caption)
+
+
+def sweep_report(sweep_dir: str | Path) -> str:
+    """The HTML page of a sweep: each variant over its seeds with intervals, and its difference from the base.
+
+    The base is the first variant. A cell that failed, is missing, still runs or went to NaN is shown as such
+    and left out of the means.
+    Raises: FileNotFoundError if this is not a sweep's folder.
+    """
+    sweep_dir = Path(sweep_dir)
+    metric, trials = read_sweep(sweep_dir)
+    found = {(t.variant, t.seed): read_trial(sweep_dir, t, metric) for t in trials}
+    ends = {at: end for at, (_, end) in found.items()}
+    variants = list(dict.fromkeys(t.variant for t in trials))
+    blocks: list[Block | Table] = [sweep_table(metric, ends)]
+    numbers = {v: [x for (w, _), x in ends.items() if w == v and isinstance(x, float)] for v in variants}
+    means = {v: mean_interval(x) for v, x in numbers.items() if x}
+    if means:
+        caption = (
+            f"Last {metric}: each seed, their mean, and its 95 % t-interval where there are two or more."
+        )
+        blocks.append(Figure(plots.bars_with_intervals(means, x_label=metric, points=numbers), caption))
+    for t in trials:
+        end = ends[t.variant, t.seed]
+        if isinstance(end, str) and end not in ("running", "planned"):
+            why = f" {t.error}" if t.error else ""
+            blocks.append(Text(f"{t.variant}, seed {t.seed}: {end}.{why} ({t.path})", "warning"))
+    series = {at: own for at, (own, _) in found.items()}
+    sections = (
+        Section("Results", tuple(blocks)),
+        Section("Learning curves", _learning(metric, variants, series)),
+    )
+    subtitle = f"Sweep report: {len(variants)} variants, {len(trials)} runs"
+    return Page(sweep_dir.resolve().name, tuple(s for s in sections if s.blocks), subtitle).html()
+
+
+def _learning(metric: str, variants: list[str], found: dict[tuple[str, int], Series]) -> tuple[Figure, ...]:
+    figures = []
+    for name, label in {metric: metric, "loss": f"train {LOSS}"}.items():
+        by_variant = {v: [s[name] for (w, _), s in found.items() if w == v and name in s] for v in variants}
+        curves = [curve for seeds in by_variant.values() for curve in seeds]
+        if any(math.isfinite(y) for curve in curves for _, y in curve):
+            svg = plots.seed_curves(by_variant, y_label=label, smooth=max(map(len, curves)) // 50)
+            figures.append(Figure(svg, "Thick: mean over seeds. Thin: each seed.", f"{label} by step"))
+    return tuple(figures)
