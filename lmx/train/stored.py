@@ -99,8 +99,8 @@ def check_same(tree: Mapping[str, tuple], wanted: Mapping[str, Any], folder: Pat
     shown = [f"{p} is {there.get(p, 'missing')} there, {here.get(p, 'missing')} here" for p in differing[:4]]
     more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
     raise ValueError(
-        f"{folder}: a checkpoint of another shape: {'; '.join(shown)}{more}. Restore it with the configuration "
-        "it was trained with, or give this run another folder"
+        f"{folder}: a checkpoint of another shape: {'; '.join(shown)}{more}. Restore it with the "
+        "configuration it was trained with, or give this run another folder"
     )
 
 
@@ -163,6 +163,12 @@ def seal(folder: Path, text: str, at: Path, made_from: tuple[artifact.Artifact, 
 
 def parent(folder: Path) -> artifact.Artifact:
     """A checkpoint as the origin of later ones, without its own ancestry, which would grow at each resume."""
+    found = artifact.read(folder)
+    return replace(found, made_from=(), facts={"step": found.facts["step"]})
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, by relative name, without its artifact file."""
     files = (p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(artifact.FILE))
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(files)}
 
