@@ -1,0 +1,69 @@
+"""Everything needed to run a run again, written beside its results before the first step."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lmx
+from lmx import values
+
+PACKAGES = ("lmx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "libtpu")
+
+
+def record(out: Path, run: Any, prepared: Any, devices: list, source: Path | None = None) -> None:
+    """Writes run.txt, environment.json, data.json, and if they exist source.py and uncommitted.diff.
+
+    source: the experiment file that made the run.
+    """
+    (out / "run.txt").write_text(values.show(run) + "\n", encoding="utf-8")
+    repository = Path(lmx.__file__).parent
+    environment = {
+        "commit": _git(repository, "rev-parse", "HEAD"),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
+        "processes": jax.process_count(),
+        "command": sys.argv,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+    _json(out / "environment.json", environment)
+    _json(out / "data.json", {"train": prepared.train.fingerprint, "tokenizer": prepared.tokenizer.hash, "seed": run.seed})
+    change = _git(repository, "diff", "HEAD")
+    if change:
+        (out / "uncommitted.diff").write_text(change + "\n", encoding="utf-8")
+    if source is not None:
+        shutil.copyfile(source, out / "source.py")
+
+
+def _json(path: Path, found: dict) -> None:
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    """What git answers in a folder, or None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", *command], cwd=folder, capture_output=True, text=True, errors="replace", timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

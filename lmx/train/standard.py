@@ -1,0 +1,162 @@
+"""The standard body of the loop: metrics, evaluation, checkpoints, preemption, and a stop where training diverges."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmx import artifact, models, values
+from lmx.optim import lr_at
+from lmx.train.checkpoint import FOLDER, Checkpoints
+from lmx.train.loop import Session, to_host
+from lmx.train.metrics import JsonLines, Meter, Sink
+from lmx.train.record import record
+from lmx.train.state import State
+
+RESUMABLE = ("mesh", "eval_every", "eval_batches", "save_every", "keep", "max_skips")
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row were not finite; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """step reached, the last metrics, whether the run was asked to stop before its end, and the final state."""
+
+    out: Path
+    step: int
+    metrics: dict[str, float]
+    interrupted: bool
+    state: State
+
+
+def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source: Path | None = None) -> Result:
+    """Trains to the end, from the newest checkpoint in `out` if there is one.
+
+    Writes into `out`: what `record` says, metrics.jsonl with one line per step, and checkpoints/. SIGTERM saves the
+    step at hand and returns.
+    Args:
+      sinks: further places for metrics, such as the live display; `out` has metrics.jsonl without being asked.
+      source: the experiment file, copied beside the results.
+    Raises: ValueError if `out` holds another run; Diverged after `max_skips` updates in a row that are not finite.
+    """
+    out = Path(out)
+    plan, prepared = session.run, session.prepared
+    checkpoints = Checkpoints(out / FOLDER, keep=plan.keep, made_from=prepared.artifacts)
+    state, start = _begin(session, checkpoints, out)
+    first = jax.process_index() == 0
+    log: list[Sink] = []
+    if first:
+        record(out, plan, prepared, list(session.program.mesh.devices.flat), source)
+        lines = JsonLines(out / "metrics.jsonl")
+        lines.rewind(start)
+        log = [lines, *sinks]
+    tokens = plan.data.batch_size * plan.data.seq_len
+    meter = Meter(tokens, models.flops_per_token(plan.model, plan.data.seq_len), session.program.mesh)
+    latest: dict[str, float] = {}
+    valid: dict[str, float] = {}
+    pending: list = []
+
+    def flush() -> None:
+        """Writes the metrics of the steps before; the newest is left on the device until the next one runs."""
+        for step, metrics in pending:
+            latest.update(to_host(metrics))
+            latest["lr"] = float(lr_at(plan.optim, plan.steps, step - 1))
+            for sink in log:
+                sink.write(step, latest | meter.tick(step))
+            if latest["streak"] >= plan.max_skips:
+                raise Diverged(_diverged(step, plan, checkpoints))
+        pending.clear()
+
+    def evaluate(step: int) -> None:
+        with meter.paused():
+            valid.update(session.evaluate(state))
+        for sink in log:
+            sink.write(step, valid)
+
+    def save(step: int) -> None:
+        for sink in log:
+            sink.flush()
+        meta = {"data": {"next_batch": step, "fingerprint": prepared.train.fingerprint}, "run": values.show(plan)}
+        checkpoints.save(step, state, meta, latest | valid)
+
+    step = start
+    with _stop_signal() as asked:
+        try:
+            for state, metrics in session.steps(state):
+                step += 1
+                valid.clear()
+                flush()
+                pending.append((step, metrics))
+                stopping = asked(step)
+                last = step == plan.steps
+                if last or stopping or step % plan.eval_every == 0 or step % plan.save_every == 0:
+                    flush()
+                if prepared.valid is not None and not stopping and (last or step % plan.eval_every == 0):
+                    evaluate(step)
+                if last or stopping or step % plan.save_every == 0:
+                    save(step)
+                if stopping:
+                    break
+        finally:
+            checkpoints.close()
+            for sink in log:
+                sink.close()
+    if first:
+        artifact.record(out / "run.txt", "run", made_from=prepared.artifacts, facts={"step": step})
+    return Result(out, step, latest | valid, step < plan.steps, state)
+
+
+def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State, int]:
+    """The newest checkpoint's state, if it is of this run, or a fresh one."""
+    if checkpoints.latest() is None:
+        return session.init(), 0
+    state, meta = checkpoints.restore(session.program.shapes)
+    saved = values.parse(meta["run"], type(session.run), str(out))
+    changed = {k: v for k, v in values.diff(saved, session.run).items() if k.split(".")[0] not in RESUMABLE}
+    if changed:
+        listed = "; ".join(f"{path}: {old!r} there, {new!r} asked" for path, (old, new) in changed.items())
+        raise ValueError(f"{out} holds another run ({listed}); choose another folder or the same settings")
+    if meta["data"]["fingerprint"] != session.prepared.train.fingerprint:
+        raise ValueError(f"{out}: its data has changed since it was started; choose another folder")
+    return state, int(state.step)
+
+
+def _diverged(step: int, plan: Any, checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    return (
+        f"step {step}: loss or gradient not finite {plan.max_skips} times in a row; stopped. "
+        f"Last good checkpoint: {checkpoints.latest()}. Lower optim.lr, or look at the data around this step"
+    )
+
+
+@contextmanager
+def _stop_signal() -> Iterator:
+    """Gives a function step -> whether SIGTERM has arrived, in any process, by that step."""
+    seen = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.set()) if main else None
+    if jax.process_count() == 1:
+
+        def asked(step):
+            return seen.is_set()
+    else:
+        from jax.experimental.multihost_utils import process_allgather
+
+        def asked(step):
+            return step % 8 == 0 and bool(process_allgather(np.asarray(seen.is_set())).any())
+    try:
+        yield asked
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
