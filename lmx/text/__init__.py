@@ -1,0 +1,1 @@
+"""Unicode: grapheme clusters, scripts and words, normalisation."""
