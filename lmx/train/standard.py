@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
 from lmx import artifact, models, values
 from lmx.optim import lr_at
@@ -48,11 +48,13 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
     Args:
       sinks: further places for metrics, such as the live display; `out` has metrics.jsonl without being asked.
       source: the experiment file, copied beside the results.
-    Raises: ValueError if `out` holds another run; Diverged after `max_skips` updates in a row that are not finite.
+    A checkpoint that cannot be written, but for the last, is a warning: training goes on and the next one is tried.
+    Raises: ValueError if `out` holds another run; OSError if it cannot be written; Diverged after `max_skips` updates in a row that are not finite.
     """
     out = Path(out)
     plan, prepared = session.run, session.prepared
-    checkpoints = Checkpoints(out / FOLDER, keep=plan.keep, made_from=prepared.artifacts)
+    origin = artifact.Artifact("run", artifact.hash_text(values.show(plan) + "\n"), str(out / "run.txt"))
+    checkpoints = Checkpoints(out / FOLDER, keep=plan.keep, made_from=(*prepared.artifacts, origin))
     state, start = _begin(session, checkpoints, out)
     first = jax.process_index() == 0
     log: list[Sink] = []
@@ -112,6 +114,8 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
             checkpoints.close()
             for sink in log:
                 sink.close()
+    if checkpoints.problem:
+        raise OSError(f"stopped at step {step}, but {checkpoints.problem}")
     if first:
         artifact.record(out / "run.txt", "run", made_from=prepared.artifacts, facts={"step": step})
     return Result(out, step, latest | valid, step < plan.steps, state)
@@ -142,21 +146,18 @@ def _diverged(step: int, plan: Any, checkpoints: Checkpoints) -> str:
 
 @contextmanager
 def _stop_signal() -> Iterator:
-    """Gives a function step -> whether SIGTERM has arrived, in any process, by that step."""
+    """Gives a function step -> whether to stop there, as SIGTERM has arrived in any process.
+
+    With several processes jax's preemption service takes the signal and picks a step that none has passed yet.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     seen = threading.Event()
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: seen.set()) if main else None
-    if jax.process_count() == 1:
-
-        def asked(step):
-            return seen.is_set()
-    else:
-        from jax.experimental.multihost_utils import process_allgather
-
-        def asked(step):
-            return step % 8 == 0 and bool(process_allgather(np.asarray(seen.is_set())).any())
     try:
-        yield asked
+        yield lambda step: seen.is_set()
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
