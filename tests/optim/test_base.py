@@ -1,0 +1,119 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmx import values
+from lmx.optim import Adafactor, AdamW, Constant, Lion, Muon, Sgd, Update, clip_by_norm
+from lmx.weights import Weight
+from lmx.weights.base import leaf
+
+ALL = [
+    AdamW(ema=0.9),
+    Lion(ema=0.9),
+    Sgd(ema=0.9),
+    Adafactor(ema=0.9, weight_decay=0.1),
+    Muon(ema=0.9, where="blocks/*/w|blocks/*/w/*"),
+]
+ids = lambda u: type(u).__name__  # noqa: E731
+
+
+@leaf
+class Pair(Weight):
+    a: jax.Array | Weight
+    b: jax.Array
+
+
+def params():
+    """Arrays, holes, and weights of two arrays, one of them a weight again."""
+    return {
+        "embed": {"w": jnp.ones((6, 4))},
+        "blocks": {
+            "q": {"w": jnp.ones((2, 4, 4)), "b": None},
+            "k": {"w": Pair(jnp.ones((2, 4, 1)), jnp.ones((2, 1, 4)))},
+            "norm": {"scale": jnp.ones((2, 4))},
+        },
+        "head": {"w": Pair(Pair(jnp.ones((4, 1)), jnp.ones((1, 6))), jnp.ones((6, 6)))},
+        "gate": jnp.ones(()),
+    }
+
+
+@pytest.mark.parametrize("update", ALL, ids=ids)
+def test_weight_leaves_and_holes_pass_through_every_optimizer(update):
+    p = params()
+    tx = update.build(10, p)
+    updates, state = jax.jit(tx.update)(p, jax.jit(tx.init)(p), p)
+    assert jax.tree.structure(updates) == jax.tree.structure(p)
+    assert all(bool((u < 0).all()) for u in jax.tree.leaves(updates))
+    again, after = jax.jit(tx.update)(p, state, p)
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+    assert jax.tree.structure(again) == jax.tree.structure(p)
+
+
+@pytest.mark.parametrize("update", ALL, ids=ids)
+def test_building_needs_shapes_only_and_state_takes_no_part_in_the_program(update):
+    shapes = jax.eval_shape(params)
+    state = jax.eval_shape(update.build(10, shapes).init, shapes)
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("update", ALL, ids=ids)
+def test_repr_rebuilds_it(update):
+    assert values.parse(repr(update), Update, "optim") == update
+    assert values.parse(values.show(update), Update, "optim") == update
+
+
+@pytest.mark.parametrize("update", ALL, ids=ids)
+def test_state_may_be_donated_beside_the_parameters(update):
+    p = params()
+    tx = update.build(10, p)
+    state = jax.jit(tx.init)(p)
+
+    def step(p, state):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, p), state, p)
+        return jax.tree.map(jnp.add, p, updates), state
+
+    p, state = jax.jit(step, donate_argnums=(0, 1))(p, state)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((p, state)))
+
+
+def test_clip_is_one_factor_for_all_leaves():
+    g = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    clipped, _ = clip_by_norm(1.0).update(g, clip_by_norm(1.0).init(g))
+    np.testing.assert_allclose(clipped["a"], [0.6, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(clipped["b"], [[0.8]], rtol=1e-6)
+    zero = jax.tree.map(jnp.zeros_like, g)
+    assert not np.any(clip_by_norm(1.0).update(zero, ())[0]["a"])
+    broken, _ = clip_by_norm(1.0).update({"a": jnp.array([jnp.nan]), "b": jnp.ones(2)}, ())
+    assert np.isnan(broken["a"]).all() and np.isnan(broken["b"]).all()
+
+
+def test_decay_falls_on_its_pattern_alone():
+    p = params()
+    zero = jax.tree.map(jnp.zeros_like, p)
+    tx = Sgd(0.5, Constant(0), weight_decay=0.1, decay="embed/*|*/q/w").build(10, p)
+    updates, _ = tx.update(zero, tx.init(p), p)
+    np.testing.assert_allclose(updates["embed"]["w"], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(updates["blocks"]["q"]["w"], -0.05, rtol=1e-6)
+    rest = [updates["blocks"]["k"], updates["blocks"]["norm"], updates["head"], updates["gate"]]
+    assert all(not np.any(u) for u in jax.tree.leaves(rest))
+
+
+def test_a_decay_pattern_that_fits_nothing_lists_what_is_near():
+    with pytest.raises(ValueError, match="embed/w"):
+        AdamW(decay="embd/*").build(10, params())
+    AdamW(decay="embd/*", weight_decay=0.0).build(10, params())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdamW(lr=-1.0), "lr=-1.0 is negative"),
+        (lambda: AdamW(weight_decay=-0.1), "weight_decay=-0.1 is negative"),
+        (lambda: AdamW(clip=0.0), "clip=0.0 is not positive"),
+        (lambda: AdamW(ema=1.0).build(1, params()), r"ema=1.0 is not in \[0, 1\)"),
+    ],
+)
+def test_settings_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
