@@ -118,7 +118,9 @@ class TensorBoard(Sink):
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder), purge_step=self._purge)
+            # Its file names count whole seconds, and it overwrites: two writers in one second would lose the first.
+            unique = f".{time.time_ns()}"
+            self._writer = SummaryWriter(str(self.folder), purge_step=self._purge, filename_suffix=unique)
         for name, value in metrics.items():
             self._writer.add_scalar(name, float(value), step)
 
