@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
         lines.rewind(start)
         log = [lines, *sinks]
     tokens = plan.data.batch_size * plan.data.seq_len
-    meter = Meter(tokens, models.flops_per_token(plan.model, plan.data.seq_len), session.program.mesh)
+    meter = Meter(tokens, models.flops_per_token(plan.model, plan.data.seq_len), session.program.mesh, dtype=plan.model.dtype)
     latest: dict[str, float] = {}
     valid: dict[str, float] = {}
     pending: list = []
@@ -74,15 +73,17 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
         for step, metrics in pending:
             latest.update(to_host(metrics))
             latest["lr"] = float(lr_at(plan.optim, plan.steps, step - 1))
+            line = latest | meter.tick(step)
             for sink in log:
-                sink.write(step, latest | meter.tick(step))
+                sink.write(step, line)
             if latest["streak"] >= plan.max_skips:
                 raise Diverged(_diverged(step, plan, checkpoints))
         pending.clear()
 
     def evaluate(step: int) -> None:
-        with meter.paused():
-            valid.update(session.evaluate(state))
+        meter.pause()
+        valid.update(session.evaluate(state))
+        meter.resume()
         for sink in log:
             sink.write(step, valid)
 
@@ -90,7 +91,9 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
         for sink in log:
             sink.flush()
         meta = {"data": {"next_batch": step, "fingerprint": prepared.train.fingerprint}, "run": values.show(plan)}
+        meter.pause()
         checkpoints.save(step, state, meta, latest | valid)
+        meter.resume()
 
     step = start
     with _stop_signal() as asked:
