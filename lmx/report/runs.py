@@ -7,8 +7,8 @@ A run's folder holds, each if there was something to say:
   overrides.json    {"optim.lr": ["0.001", "0.0003"], ...}: base and value of every field that was changed
   samples.jsonl     {"step": 100, "prompt": ..., "text": ..., "note": ...}
   results.json      evaluation results, nested; {"value", "low", "high"} is an interval
-  environment.json  versions, devices, commit, uncommitted diff
-  artifact.json     its ancestry, as does any checkpoint folder
+  environment.json, data.json, source.py, uncommitted.diff   where it ran, on what, and with which code
+  artifact files    of run.txt and of the checkpoints: its ancestry
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def run_report(run_dir: str | Path) -> str:
         Section("Samples", _samples(run_dir / "samples.jsonl")),
         Section("What was run", _choices(run_dir)),
         Section("Other measurements", _others(metrics)),
-        Section("Environment", _environment(read_json(run_dir / "environment.json"))),
+        Section("Environment", _environment(run_dir)),
         Section("Ancestry", _ancestry(run_dir)),
     )
     shown = tuple(s for s in sections if s.blocks)
@@ -114,6 +114,8 @@ def _headline(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
     for name in sorted(n for n in metrics if _is_valid_loss(n)):
         step, best = min(metrics[name], key=lambda p: (math.isnan(p[1]), p[1]))
         tiles[f"best {_valid_label(name)} loss, step {step:,}"] = best
+    if "tokens" in metrics:
+        tiles["tokens seen"] = int(sum(y for _, y in metrics["tokens"]))
     if rates := [y for _, y in metrics.get("tokens_per_sec", [])]:
         tiles["tokens per second"] = float(sorted(rates)[len(rates) // 2])
     if mfu := [y for _, y in metrics.get("mfu", []) if math.isfinite(y)]:
@@ -133,7 +135,11 @@ def _learning(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
     broken = [step for points in losses.values() for step, y in points if not math.isfinite(y)]
     if broken:
         blocks.append(
-            Text(f"The loss was not finite at {len(broken)} steps, first at {min(broken)}.", "warning")
+        text = f"Steps whose loss was not finite: {len(broken)}, the first at {min(broken)}."
+        blocks.append(Text(text, "warning"))
+    if skipped := max((y for _, y in metrics.get("skipped", [])), default=0):
+        text = f"Updates left out because the loss or the gradient was not finite: {skipped:.0f}."
+        blocks.append(Text(text, "warning"))
         )
     small = []
     late = {k: points[len(points) // 2 :] for k, points in losses.items() if len(points) > 1}
@@ -153,14 +159,14 @@ def _learning(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
 
 def _others(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
     told = {"loss", "lr", "grad_norm", "tokens_per_sec"}
-    rest = {
-        n: p for n, p in metrics.items() if n not in told and not _is_valid_loss(n) and _plottable({n: p})
-    }
+    rest = {k: v for k, v in sorted(metrics.items()) if k not in told and not _is_valid_loss(k)}
+    same = {k: v[0][1] for k, v in rest.items() if len({y for _, y in v}) == 1}
+    drawn = {k: v for k, v in rest.items() if k not in same and _plottable({k: v})}
     figures = tuple(
-        Figure(plots.curves({n: p}, y_label=n, size=SMALL), "", f"{n} by step")
-        for n, p in sorted(rest.items())
+        Figure(plots.curves({k: v}, y_label=k, size=SMALL), "", f"{k} by step") for k, v in drawn.items()
     )
-    return (Fold(", ".join(sorted(rest)), (Row(figures),)),) if figures else ()
+    plotted = (Fold(", ".join(drawn), (Row(figures),)),) if figures else ()
+    return (*((KeyValues(same),) if same else ()), *plotted)
 
 
 def _results(results: Any) -> tuple[Block | Table, ...]:
@@ -198,23 +204,28 @@ def _choices(run_dir: Path) -> tuple[Block | Table, ...]:
     if overrides:
         rows = tuple((path, str(base), str(value)) for path, (base, value) in overrides.items())
         blocks.append(Table(("changed from the base", "base", "this run"), rows))
-    if (run_dir / "run.txt").exists():
-        blocks.append(Fold("The whole run", (Code((run_dir / "run.txt").read_text(encoding="utf-8")),)))
+    for name, title in (("run.txt", "The whole run"), ("source.py", "The experiment's file")):
+        if (run_dir / name).exists():
+            blocks.append(Fold(title, (Code((run_dir / name).read_text(encoding="utf-8")),)))
     return tuple(blocks)
 
 
-def _environment(facts: Any) -> tuple[Block, ...]:
-    if not isinstance(facts, dict) or not facts:
-        return ()
-    flat = _flat(facts)
-    long = {k: v for k, v in flat.items() if isinstance(v, str) and ("\n" in v or len(v) > 200)}
-    short = {k: v for k, v in flat.items() if k not in long}
-    return (KeyValues(short), *(Fold(name, (Code(text),)) for name, text in long.items()))
+def _environment(run_dir: Path) -> tuple[Block, ...]:
+    facts = _flat(read_json(run_dir / "environment.json") or {})
+    facts |= _flat(read_json(run_dir / "data.json") or {}, "data/")
+    short = {k: v for k, v in facts.items() if v not in ("", None)}
+    blocks: list[Block] = [KeyValues(short)] if short else []
+    diff = run_dir / "uncommitted.diff"
+    if diff.exists():
+        blocks.append(Fold("Changes that were not committed", (Code(diff.read_text(encoding="utf-8")),)))
+    return tuple(blocks)
 
 
 def _ancestry(run_dir: Path) -> tuple[Block, ...]:
-    named = [run_dir, *sorted(p for p in run_dir.glob("*/*") if p.is_dir())[-1:]]
-    return tuple(Code(artifact.explain(p)) for p in named if artifact.read(p) is not None)
+    checkpoints = [p for p in run_dir.glob("checkpoints/*") if p.name.isdigit()]
+    newest = sorted(checkpoints, key=lambda p: int(p.name))[-1:]
+    known = [p for p in (run_dir / "run.txt", *newest) if artifact.read(p) is not None]
+    return tuple(Code(artifact.explain(p)) for p in known)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Cell]:

@@ -118,7 +118,7 @@ class TensorBoard(Sink):
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            # Its file names count whole seconds, and it overwrites: two writers in one second would lose the first.
+            # Its file names count whole seconds and it overwrites: of two writers in one second, one is lost.
             unique = f".{time.time_ns()}"
             self._writer = SummaryWriter(str(self.folder), purge_step=self._purge, filename_suffix=unique)
         for name, value in metrics.items():

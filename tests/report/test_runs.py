@@ -32,10 +32,12 @@ def full_run(tmp_path):
         "results.json": {
             "wiki": {"nats_per_token": {"value": 2.5, "low": 2.4, "high": 2.6, "n": 9}, "words": 1200}
         },
-        "environment.json": {"jax": "0.10.2", "devices": ["cpu:0", "cpu:1"], "git": {"diff": "-a\n+b"}},
+        "environment.json": {"jax": "0.10.2", "devices": ["cpu:0", "cpu:1"], "xla_flags": ""},
+        "data.json": {"train": "77aa", "seed": 3},
     }
     for name, content in files.items():
         (run / name).write_text(json.dumps(content), encoding="utf-8")
+    (run / "uncommitted.diff").write_text("-a\n+b", encoding="utf-8")
     samples = [
         {"step": 20, "prompt": "एक समय ", "text": "की बात"},
         {"step": 40, "prompt": "एक समय ", "text": "गाँव <script>", "note": "end"},
@@ -57,11 +59,11 @@ def test_a_whole_run_is_told_on_one_page(full_run, elements):
     assert page.text("h2") == ["Learning", "Results", "Samples", "What was run", "Environment", "Ancestry"]
     tiles = dict(zip(page.text("dt"), page.text("dd")))
     assert tiles["steps"] == "40" and tiles["best valid loss, step 40"] == "3.2"
-    assert tiles["devices"] == "cpu:0, cpu:1"
+    assert tiles["devices"] == "cpu:0, cpu:1" and tiles["data/train"] == "77aa" and "xla_flags" not in tiles
     assert {"train", "valid", "valid hindi", "learning rate"} <= set(page.text("text"))
     assert [page.text("th")[3], *page.text("td")[:2]] == ["wiki", "2.50 ± 0.10", "1,200"]
     assert "एक समय गाँव <script>" in page.text("p") and "script" not in page.tags()
-    assert page.text("summary") == ["Step 20", "The whole run", "git/diff"]
+    assert page.text("summary") == ["Step 20", "The whole run", "Changes that were not committed"]
     code = page.text("code")
     assert code[0].startswith("Run(") and code[1] == "-a\n+b"
     assert "content unchanged" in code[2] and str(full_run.parent / "corpus.txt") in code[2]
@@ -107,7 +109,20 @@ def test_a_loss_that_went_to_nan_is_said_in_words(tmp_path, elements):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": "NaN"}\n')
     assert math.isnan(read_metrics(tmp_path)["loss"][1][1])
     page = elements(run_report(tmp_path))
-    assert "The loss was not finite at 1 steps, first at 2." in page.text("p")
+    assert "Steps whose loss was not finite: 1, the first at 2." in page.text("p")
+
+
+def test_skipped_updates_and_unnamed_metrics_are_told(tmp_path, elements):
+    rows = [
+        {"step": s, "loss": 2.0, "skipped": s // 3, "streak": 0, "z": s * 0.5, "tokens": 100}
+        for s in range(1, 5)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    page = elements(run_report(tmp_path))
+    assert "Updates left out because the loss or the gradient was not finite: 1." in page.text("p")
+    facts = dict(zip(page.text("dt"), page.text("dd")))
+    assert facts["tokens seen"] == "400" and facts["streak"] == "0"
+    assert page.text("summary") == ["skipped, z"] and "z" in page.text("text")
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path):

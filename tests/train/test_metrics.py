@@ -189,6 +189,7 @@ class TestWandb:
         )
         sink.write(1, {"loss": 2.0})
         sink.write(2, {"loss": 1.5})
+        sink.write(3, {"lr": 0.1})
         assert sink.run.summary["loss"] == 1.5 and sink.run.config["optim.lr"] == 1e-3
         sink.close()
         assert list(tmp_path.rglob("*.wandb"))
