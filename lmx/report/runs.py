@@ -134,13 +134,11 @@ def _learning(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
         blocks.append(Figure(svg, caption, "Training and validation loss by step"))
     broken = [step for points in losses.values() for step, y in points if not math.isfinite(y)]
     if broken:
-        blocks.append(
         text = f"Steps whose loss was not finite: {len(broken)}, the first at {min(broken)}."
         blocks.append(Text(text, "warning"))
     if skipped := max((y for _, y in metrics.get("skipped", [])), default=0):
         text = f"Updates left out because the loss or the gradient was not finite: {skipped:.0f}."
         blocks.append(Text(text, "warning"))
-        )
     small = []
     late = {k: points[len(points) // 2 :] for k, points in losses.items() if len(points) > 1}
     for series, label in (
