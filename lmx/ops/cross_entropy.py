@@ -3,9 +3,9 @@
     loss = log_z - (1 - s) * logits[label] - s * mean(logits),      log_z = log(sum(exp(logits)))
 
 with s the label smoothing. Axes: B T (any leading axes) and V vocab_size. The gradient, softmax - target, is
-written out rather than derived: it is one elementwise pass over [..., V] that reads the logits and `log_z`,
-no one-hot array exists in either direction, and a barrier keeps XLA from evaluating it again inside each
-matmul that consumes it.
+written out rather than derived: it is one elementwise pass over [..., V] that reads the logits and their
+normaliser, no one-hot array exists in either direction, and a barrier keeps XLA from evaluating it again
+inside each matmul that consumes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmx.ops.barrier import once
 @jax.custom_vjp
 def log_z(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     """log(sum(exp(logits))) over the last axis, float32, in nats, shifted by the maximum against overflow."""
-    return _log_z(logits)
+    return _log_z_fwd(logits)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -40,49 +40,50 @@ def cross_entropy(
       smoothing: s in [0, 1), dimensionless.
     Source: Szegedy et al. 2015, arXiv:1512.00567, section 7 (label smoothing).
     """
-    return _loss(logits, labels, smoothing)[0]
+    return _cross_entropy_fwd(logits, labels, smoothing)[0]
 
 
-def _log_z(logits):
+def _parts(logits):
+    """(x - top float32, log(sum(exp(x - top))), top): log_z as two numbers, since their sum rounds."""
     x = logits.astype(jnp.float32)
     top = once(x.max(-1, keepdims=True))
-    return jnp.log(jnp.exp(x - top).sum(-1)) + top[..., 0]
+    shifted = x - top
+    return shifted, jnp.log(jnp.exp(shifted).sum(-1)), top[..., 0]
+
+
+def _softmax(logits, log_sum, top):
+    return jnp.exp(logits.astype(jnp.float32) - top[..., None] - log_sum[..., None])
 
 
 def _log_z_fwd(logits):
-    z = _log_z(logits)
-    return z, (logits, z)
+    _, log_sum, top = _parts(logits)
+    return log_sum + top, (logits, log_sum, top)
 
 
 def _log_z_bwd(saved, g):
-    logits, z = saved
-    grad = g[..., None] * jnp.exp(logits.astype(jnp.float32) - z[..., None])
+    logits, log_sum, top = saved
+    grad = g[..., None] * _softmax(logits, log_sum, top)
     return (once(grad.astype(logits.dtype)),)
 
 
-def _loss(logits, labels, smoothing):
-    n_words = logits.shape[-1]
-    z = _log_z(logits)
-    at = jnp.clip(labels, 0, n_words - 1)[..., None]
-    chosen = jnp.take_along_axis(logits, at, axis=-1)[..., 0].astype(jnp.float32)
-    chosen = jnp.where((labels >= 0) & (labels < n_words), chosen, jnp.nan)
-    loss = z - (1.0 - smoothing) * chosen
-    if smoothing:
-        loss -= smoothing * logits.astype(jnp.float32).mean(-1)
-    return loss, z
-
-
 def _cross_entropy_fwd(logits, labels, smoothing):
-    loss, z = _loss(logits, labels, smoothing)
-    return loss, (logits, labels, z)
+    n_words = logits.shape[-1]
+    shifted, log_sum, top = _parts(logits)
+    at = jnp.clip(labels, 0, n_words - 1)[..., None]
+    chosen = jnp.take_along_axis(logits, at, axis=-1)[..., 0].astype(jnp.float32) - top
+    chosen = jnp.where((labels >= 0) & (labels < n_words), chosen, jnp.nan)
+    loss = log_sum - (1.0 - smoothing) * chosen
+    if smoothing:
+        loss -= smoothing * shifted.mean(-1)
+    return loss, (logits, labels, log_sum, top)
 
 
 def _cross_entropy_bwd(smoothing, saved, g):
-    logits, labels, z = saved
+    logits, labels, log_sum, top = saved
     n_words = logits.shape[-1]
     here = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
     target = jnp.where(here, 1.0 - smoothing + smoothing / n_words, smoothing / n_words).astype(jnp.float32)
-    grad = g[..., None] * (jnp.exp(logits.astype(jnp.float32) - z[..., None]) - target)
+    grad = g[..., None] * (_softmax(logits, log_sum, top) - target)
     return once(grad.astype(logits.dtype)), None
 
 
