@@ -53,7 +53,7 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
     out = Path(out)
     plan, prepared = session.run, session.prepared
     origin = artifact.Artifact("run", artifact.hash_text(values.show(plan) + "\n"), str(out / "run.txt"))
-    checkpoints = Checkpoints(out / FOLDER, keep=plan.keep, made_from=(*prepared.artifacts, origin))
+    checkpoints = Checkpoints(out / FOLDER, keep=plan.keep, made_from=(*prepared.made_from, origin))
     state, start = _begin(session, checkpoints, out)
     first = jax.process_index() == 0
     log: list[Sink] = []
@@ -107,7 +107,7 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
                 last = step == plan.steps
                 if last or stopping or step % plan.eval_every == 0 or step % plan.save_every == 0:
                     flush()
-                if prepared.valid is not None and not stopping and (last or step % plan.eval_every == 0):
+                if prepared.valid_stores and not stopping and (last or step % plan.eval_every == 0):
                     evaluate(step)
                 if last or stopping or step % plan.save_every == 0:
                     save(step)
@@ -120,7 +120,7 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
     if checkpoints.problem:
         raise OSError(f"stopped at step {step}, but {checkpoints.problem}")
     if first:
-        artifact.record(out / "run.txt", "run", made_from=prepared.artifacts, facts={"step": step})
+        artifact.record(out / "run.txt", "run", made_from=prepared.made_from, facts={"step": step})
     return Result(out, step, latest | valid, step < plan.steps, state)
 
 
