@@ -42,8 +42,13 @@ class Lion(Update):
     b1: float = 0.95
     b2: float = 0.98
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0.0 < self.b2 < 1.0:
+            raise ValueError(f"Lion: b2={self.b2} is not in (0, 1); 0.98 and 0.99 are usual")
+
     def direction(self, params: Any) -> optax.GradientTransformation:
-        return optax.scale_by_lion(self.b1, self.b2)
+        return lion(self.b1, self.b2)
 
 
 @dataclass(frozen=True)
@@ -89,5 +94,30 @@ def adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
         square = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * g * g, state.square, grads)
         direction = jax.tree.map(lambda m, v: m * to_mean / (jnp.sqrt(v * to_square) + eps), mean, square)
         return direction, AdamState(count, mean, square)
+
+    return optax.GradientTransformation(init, update)
+
+
+class LionState(NamedTuple):
+    """mean: a tree like the parameters."""
+
+    mean: Any
+
+
+def lion(b1: float, b2: float) -> optax.GradientTransformation:
+    """Lion's direction, from the new m: b1 * m_old + (1 - b1) * g = c * m_new + (1 - c) * g with c = b1 / b2.
+
+    `optax.scale_by_lion` reads the old m beside the new one, for which XLA keeps a copy of all of it.
+    """
+
+    def init(params):
+        return LionState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads, state, params=None):
+        del params
+        c = b1 / b2
+        mean = jax.tree.map(lambda m, g: b2 * m + (1.0 - b2) * g, state.mean, grads)
+        direction = jax.tree.map(lambda m, g: jnp.sign(c * m + (1.0 - c) * g), mean, grads)
+        return direction, LionState(mean)
 
     return optax.GradientTransformation(init, update)

@@ -103,11 +103,11 @@ def orthogonal(m: Float[Array, "*L d_in d_out"], steps: int = 5) -> Float[Array,
     """
     a, b, c = COEFFICIENTS
     x = m.astype(jnp.float32)
+    tall = m.shape[-2] > m.shape[-1]
+    if tall:
+        x = jnp.swapaxes(x, -1, -2)
     x = x / (jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True)) + 1e-7)
-    wide = m.shape[-2] <= m.shape[-1]
     for _ in range(steps):
-        t = jnp.swapaxes(x, -1, -2)
-        gram = x @ t if wide else t @ x
-        poly = b * gram + c * (gram @ gram)
-        x = a * x + (poly @ x if wide else x @ poly)
-    return x.astype(m.dtype)
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (jnp.swapaxes(x, -1, -2) if tall else x).astype(m.dtype)

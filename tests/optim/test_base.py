@@ -77,6 +77,52 @@ def test_state_may_be_donated_beside_the_parameters(update):
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((p, state)))
 
 
+@pytest.mark.parametrize("update", [AdamW(), Lion(), Sgd()], ids=ids)
+def test_updates_in_place_need_no_memory_of_the_size_of_the_parameters(update):
+    """With parameters and state donated, nothing of their size is held beside them and the gradients."""
+    p = {"blocks": {"q": {"w": jnp.ones((64, 1024))}}}
+    tx = update.build(10, p)
+
+    def step(p, state, g):
+        updates, state = tx.update(g, state, p)
+        return jax.tree.map(jnp.add, p, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(p, tx.init(p), p).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 1024 * 4 / 8
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        AdamW(0.05, weight_decay=0.0),
+        Lion(0.02, weight_decay=0.0),
+        Sgd(0.1, clip=None),
+        Adafactor(0.05),
+        Muon(0.05, where="w", weight_decay=0.0, partner=AdamW(0.05, weight_decay=0.0)),
+    ],
+    ids=ids,
+)
+def test_every_optimizer_finds_a_least_squares_solution(update):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((64, 8), (8, 4)))
+    y = x @ w + 1.0
+    p = {"w": jnp.full((8, 4), 0.1), "b": jnp.full((4,), 0.1)}
+    tx = update.build(200, p)
+
+    @jax.value_and_grad
+    def loss(p):
+        return jnp.mean((x @ p["w"] + jnp.broadcast_to(p["b"], y.shape) - y) ** 2)
+
+    def body(carry, _):
+        p, state = carry
+        value, g = loss(p)
+        updates, state = tx.update(g, state, p)
+        return (jax.tree.map(jnp.add, p, updates), state), value
+
+    _, values = jax.jit(lambda: jax.lax.scan(body, (p, tx.init(p)), None, length=200))()
+    assert values[-1] < 0.02 * values[0]
+
+
 def test_clip_is_one_factor_for_all_leaves():
     g = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
     clipped, _ = clip_by_norm(1.0).update(g, clip_by_norm(1.0).init(g))

@@ -59,11 +59,11 @@ def test_a_share_is_the_same_as_its_number_of_steps(steps, share):
     )
 
 
-@given(st.integers(2, 1000), st.floats(0, 0.5), st.sampled_from([Linear, Cosine, WSD]))
+@given(st.sampled_from([2, 7, 200]), st.floats(0, 0.5), st.sampled_from([Linear, Cosine, WSD]))
 def test_after_the_warmup_the_rate_never_rises_and_stays_within_its_bounds(steps, share, kind):
     warmup = round(share * steps)
     curve = kind(warmup, end=0.1)(1.0, steps)
-    after = np.asarray(jax.vmap(curve)(np.arange(warmup, steps + 1, dtype=np.int32)))
+    after = np.asarray(curve(np.arange(steps + 1, dtype=np.int32)))[warmup:]
     assert (np.diff(after) <= 1e-6).all() and after.max() <= 1 + 1e-6 and after.min() >= 0.1 - 1e-6
 
 
