@@ -1,0 +1,46 @@
+"""Text to batches: sources, streams, tokenizers, token stores, packing; batch n is a function of (seed,
+n)."""
+
+from .batches import Batches, ahead, iterate, process_rows
+from .prepare import Data, Prepared, prepare
+from .sources import Documents, Jsonl, Parquet, Source, Text, Tfds, source
+from .store import TokenStore
+from .streams import Clean, Split, Stream, Take, Tokenize
+from .tally import Report
+from .tfds import prepare_tfds
+from .tokenizer import Bpe, Byte, Char, File, Grapheme, TokenizerSpec, Unigram, Word
+from .tokenizer_json import Tokenizer
+
+__all__ = [
+    "Batches",
+    "Bpe",
+    "Byte",
+    "Char",
+    "Clean",
+    "Data",
+    "Documents",
+    "File",
+    "Grapheme",
+    "Jsonl",
+    "Parquet",
+    "Prepared",
+    "Report",
+    "Source",
+    "Split",
+    "Stream",
+    "Take",
+    "Text",
+    "Tfds",
+    "TokenStore",
+    "Tokenize",
+    "Tokenizer",
+    "TokenizerSpec",
+    "Unigram",
+    "Word",
+    "ahead",
+    "iterate",
+    "prepare",
+    "prepare_tfds",
+    "process_rows",
+    "source",
+]

@@ -2,8 +2,9 @@
 
 permute(i, n, key) is a bijection of range(n) for every key: a Feistel cipher on Z_a x Z_b with a * b >= n
 ("generalized Feistel", Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 5). An index is
-i = x * b + y, and the rounds alternate x += F(y) mod a, y += F(x) mod b. Values outside range(n) are enciphered
-again (cycle walking); as a * b - n < a, that happens to about one index in sqrt(n). The round function is a
+i = x * b + y, and the rounds alternate x += F(y) mod a, y += F(x) mod b. Values outside range(n) are
+enciphered again (cycle walking); as a * b - n < a, that happens to about one index in sqrt(n). The round
+function is a
 64-bit mixer: good for shuffling, not for secrets.
 """
 

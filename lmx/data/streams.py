@@ -1,0 +1,134 @@
+"""Steps between a source and a store: each turns an iterator of documents into another, on the host.
+
+A document in parts (see sources.py) is one document to every stream: it is kept or left out whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lmx.text.normalize import normalize, strip_controls
+
+from .sources import Document
+from .tally import Report
+
+_GROUP = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Base of all streams, itself the one that changes nothing; `report` counts what a stream leaves out."""
+
+    def __call__(self, documents: Iterable[Document], report: Report | None = None) -> Iterator[Document]:
+        return iter(documents)
+
+
+@dataclass(frozen=True)
+class Clean(Stream):
+    """Unicode normalised to NFC, control characters removed, documents shorter than `min_chars` left out.
+
+    Tab and line feed stay, and so do the joiners U+200C and U+200D, which Devanagari needs. Plain ASCII text
+    without control characters comes out as it went in.
+    """
+
+    min_chars: int = 1
+
+    def __call__(self, documents, report=None):
+        report = report if report is not None else Report()
+        continues = False
+        for document in documents:
+            text = normalize(document["text"])
+            cleaned = strip_controls(text)
+            if len(cleaned) < len(text):
+                report.note("control_characters_removed", document["id"], len(text) - len(cleaned))
+            more = document.get("more", False)
+            if continues or more or len(cleaned.strip()) >= self.min_chars:
+                yield {**document, "text": cleaned}
+            else:
+                report.skip("too_short", document["id"])
+            continues = more
+
+
+@dataclass(frozen=True)
+class Split(Stream):
+    """The documents of one part, "train" or "valid", told apart by a hash of their text.
+
+    So a document stays where it is when the corpus grows or is ordered anew, and equal documents are never on
+    both sides. Of a document in parts the first part is hashed.
+
+    valid: expected share of the documents that belong to "valid", in [0, 1].
+    """
+
+    part: str
+    valid: float = 0.05
+
+    def __post_init__(self):
+        if self.part not in ("train", "valid"):
+            raise ValueError(f"Split: part={self.part!r}; use 'train' or 'valid'")
+        if not 0.0 <= self.valid <= 1.0:
+            raise ValueError(f"Split: valid={self.valid}; use a share from 0 to 1")
+
+    def __call__(self, documents, report=None):
+        continues = chosen = False
+        for document in documents:
+            if not continues:
+                digest = hashlib.blake2b(document["text"].encode("utf-8"), digest_size=8).digest()
+                is_valid = int.from_bytes(digest, "big") < self.valid * 2**64
+                chosen = is_valid == (self.part == "valid")
+            continues = document.get("more", False)
+            if chosen:
+                yield document
+
+
+@dataclass(frozen=True)
+class Take(Stream):
+    """The first n documents."""
+
+    n: int
+
+    def __call__(self, documents, report=None):
+        left = self.n
+        for document in documents:
+            if left <= 0:
+                return
+            yield document
+            left -= not document.get("more", False)
+
+
+@dataclass(frozen=True)
+class Tokenize(Stream):
+    """Documents as token ids: {"ids": list of int, "id", perhaps "more"}, with bos before the first part and
+    eos after the last, if the tokenizer has them; unknown tokens are noted. About a million characters are
+    encoded at a time.
+    """
+
+    tokenizer: Any
+
+    def __call__(self, documents, report=None):
+        begin, end = ([] if i is None else [i] for i in (self.tokenizer.bos_id, self.tokenizer.eos_id))
+        unknown = self.tokenizer.unk_id
+        continues = False
+        for group in _groups(documents):
+            encoded = self.tokenizer.encode_batch([document["text"] for document in group])
+            for document, ids in zip(group, encoded):
+                if report is not None and unknown in ids:
+                    report.note("unknown_tokens", document["id"], ids.count(unknown))
+                more = document.get("more", False)
+                ids = [*([] if continues else begin), *ids, *([] if more else end)]
+                yield {"ids": ids, "id": document["id"], **({"more": True} if more else {})}
+                continues = more
+
+
+def _groups(documents):
+    group, size = [], 0
+    for document in documents:
+        group.append(document)
+        size += len(document["text"])
+        if size >= _GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
