@@ -140,8 +140,7 @@ def cudnn(
     causal = in_order and any(isinstance(part, (Causal, SlidingWindow)) for part in mask.parts)
     window = (mask.reach - 1, 0) if causal and mask.reach is not None else None
     options = {"is_causal": causal, "local_window_size": window, "implementation": implementation}
-    with jax.numpy_dtype_promotion("standard"):  # jax's function mixes dtypes inside
-        out = jax.nn.dot_product_attention(q, k, v, mask=allowed, scale=scale, **options)
+    out = jax.nn.dot_product_attention(q, k, v, mask=allowed, scale=scale, **options)
     sees = jnp.any(allowed, -1)[:, 0, :, None, None]  # [B, T, 1, 1]
     return jnp.where(sees, out, jnp.zeros_like(out))
 
