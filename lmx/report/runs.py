@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def read_metrics(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
+def smoothing(curves: Iterable[Sequence]) -> int:
+    """A window that leaves a long curve its shape: a fiftieth of its points, or 0 where that is few."""
+    window = max(map(len, curves)) // 50
+    return window if window >= 5 else 0
+
+
 def run_report(run_dir: str | Path) -> str:
     """The HTML page of one run, from whatever its folder holds so far; a run in progress can be looked at.
 
@@ -128,7 +135,7 @@ def _learning(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
     losses = {"train": metrics["loss"]} if "loss" in metrics else {}
     losses |= {_valid_label(name): points for name, points in metrics.items() if _is_valid_loss(name)}
     if _plottable(losses):
-        smooth = max(map(len, losses.values())) // 50
+        smooth = smoothing(losses.values())
         svg = plots.curves(losses, y_label=LOSS, smooth=smooth)
         caption = f"Thick: mean of the {smooth} steps around. Thin: each step." if smooth > 1 else ""
         blocks.append(Figure(svg, caption, "Training and validation loss by step"))
@@ -148,7 +155,7 @@ def _learning(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
         ({"tokens_per_sec": metrics.get("tokens_per_sec", [])}, "tokens per second"),
     ):
         if _plottable(series):
-            smooth = 0 if label == "learning rate" else max(map(len, series.values())) // 50
+            smooth = 0 if label == "learning rate" else smoothing(series.values())
             small.append(
                 Figure(plots.curves(series, y_label=label, smooth=smooth, size=SMALL), "", f"{label} by step")
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lmx.report import plots
 from lmx.report.page import Block, Figure, Page, Section, Text
-from lmx.report.runs import LOSS, read_json, read_metrics
+from lmx.report.runs import LOSS, read_json, read_metrics, smoothing
 from lmx.report.stats import mean_interval, paired_difference
 from lmx.report.table import Cell, Table
 
@@ -136,6 +136,6 @@ def _learning(metric: str, variants: list[str], found: dict[tuple[str, int], Ser
         by_variant = {v: [s[name] for (w, _), s in found.items() if w == v and name in s] for v in variants}
         curves = [curve for seeds in by_variant.values() for curve in seeds]
         if any(math.isfinite(y) for curve in curves for _, y in curve):
-            svg = plots.seed_curves(by_variant, y_label=label, smooth=max(map(len, curves)) // 50)
+            svg = plots.seed_curves(by_variant, y_label=label, smooth=smoothing(curves))
             figures.append(Figure(svg, "Thick: mean over seeds. Thin: each seed.", f"{label} by step"))
     return tuple(figures)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmx.plan import topology_devices
 from lmx.report import read_metrics
 from lmx.train.metrics import JsonLines, Meter, Sink, TensorBoard, Wandb
 
@@ -253,9 +254,8 @@ class TestMeter:
         assert meter.tick(2) == {}
 
     def test_mfu_is_the_share_of_the_peaks_of_all_devices(self):
-        topologies = pytest.importorskip("jax.experimental.topologies")
         pytest.importorskip("libtpu")
-        devices = np.array(topologies.get_topology_desc("v5e:2x2", "tpu").devices)
+        devices = np.array(topology_devices("v5e:2x2"))
         clock = Clock()
         meter = Meter(1000, 197e9, jax.sharding.Mesh(devices, ("data",)), clock=clock)
         meter.tick(1)

@@ -1,7 +1,7 @@
 import jax
 import pytest
-from jax.experimental import topologies
 
+from lmx.plan import topology_devices
 from lmx.train.peak import peak_flops
 
 
@@ -58,5 +58,5 @@ def test_an_unknown_dtype_is_an_error():
 )
 def test_the_devices_libtpu_makes_of_four_chips_add_up_to_four_chips(name, chip):
     pytest.importorskip("libtpu")
-    devices = topologies.get_topology_desc(name, "tpu").devices
+    devices = topology_devices(name)
     assert sum(peak_flops(d.device_kind, num_cores=d.num_cores) for d in devices) == 4 * chip * 1e12
