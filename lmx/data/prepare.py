@@ -350,7 +350,9 @@ def _total(parts: list[_Part]) -> int | None:
 @contextlib.contextmanager
 def _made_once(path: Path, cache: Path) -> Iterator[bool]:
     """Whether the folder is still to be made; if so, other processes wait until the block ends."""
-    if artifact.read(path) is not None:
+    with explained(cache):
+        found = artifact.read(path)
+    if found is not None:
         yield False
         return
     with explained(cache):
@@ -358,6 +360,8 @@ def _made_once(path: Path, cache: Path) -> Iterator[bool]:
         lock = (cache / "locks" / path.name).open("w")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for abandoned in path.parent.glob(f".{path.name}.*.tmp"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         yield artifact.read(path) is None
 
 

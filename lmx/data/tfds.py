@@ -102,14 +102,14 @@ def folder_of(name: str, data_dir: str | None = None) -> Path:
     wanted = version or max(versions, key=_version_key, default="")
     if wanted in versions:
         return versions[wanted]
-    prepared = sorted(p.parent.relative_to(root).as_posix() for p in root.glob("*/**/dataset_info.json"))[:8]
-    have = f"it has {', '.join(prepared)}" if prepared else "it has none"
+    prepared = sorted(p.parent.relative_to(root).as_posix() for p in root.glob("*/**/dataset_info.json"))
+    have = f"it has {', '.join(prepared[:8]) or 'none'}"
     build = f"tfds.builder('{dataset}', data_dir='{root}', file_format='array_record')"
     raise FileNotFoundError(
         f"tfds:{name} is not prepared in {root} ({have}). Prepare it once with\n"
         f"  import tensorflow_datasets as tfds; {build}.download_and_prepare()\n"
-        "which for some datasets needs `pip install tensorflow`, for this step alone; or copy its folder from "
-        "gs://tfds-data/datasets; or make it from documents of your own with lmx.data.prepare_tfds"
+        "which for some datasets needs `pip install tensorflow`, for this step alone; or copy its folder "
+        "from gs://tfds-data/datasets; or make it from documents of your own with lmx.data.prepare_tfds"
     )
 
 

@@ -1,37 +1,9 @@
 import multiprocessing
-import os
-import resource
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from lmx.data.store import TokenStore, Writer
-
-
-@contextmanager
-def file_size_limit(n_bytes):
-    """A real limit of the operating system: writes beyond it fail, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextmanager
-def unwritable(folder):
-    """A folder this process may not write to; root gives its rights away for the while."""
-    folder.chmod(0o555)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-        folder.chmod(0o755)
 
 
 def test_documents_come_back_as_they_were_written(tmp_path):
@@ -83,7 +55,7 @@ def test_ids_outside_the_vocabulary_are_refused_and_nothing_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_explained_and_leaves_nothing_half_done(tmp_path):
+def test_a_full_disk_is_explained_and_leaves_nothing_half_done(tmp_path, file_size_limit):
     with Writer(tmp_path / "before", 300) as writer:
         writer.add([1, 2])
     with (
@@ -97,7 +69,7 @@ def test_a_full_disk_is_explained_and_leaves_nothing_half_done(tmp_path):
     assert len(TokenStore(str(tmp_path / "before"))) == 1
 
 
-def test_a_disk_that_fills_up_at_the_last_byte_is_explained_too(tmp_path):
+def test_a_disk_that_fills_up_at_the_last_byte_is_explained_too(tmp_path, file_size_limit):
     with (
         pytest.raises(OSError, match=r"cannot write"),
         file_size_limit(1000),
@@ -107,16 +79,15 @@ def test_a_disk_that_fills_up_at_the_last_byte_is_explained_too(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_write_permission_is_explained(tmp_path):
-    tmp_path.parent.chmod(0o755)
-    with (
-        pytest.raises(PermissionError, match=r"cannot write .*choose a folder that you may write to"),
-        unwritable(tmp_path),
-    ):
-        Writer(tmp_path / "s", 300).__enter__()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="choose a folder"):
-        Writer(tmp_path / "file" / "s", 300).__enter__()
+def test_no_write_permission_is_explained(open_folder, unwritable):
+    folder = open_folder / "folder"
+    folder.mkdir()
+    message = r"cannot write .*choose a folder that you may write to"
+    with pytest.raises(PermissionError, match=message), unwritable(folder):
+        Writer(folder / "s", 300).__enter__()
+    (folder / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=message):
+        Writer(folder / "file" / "s", 300).__enter__()
 
 
 def write_once(path, barrier):
