@@ -7,15 +7,21 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from lmx import values
 from lmx.data import Data
+from lmx.data.tokenizer import Tokenizer
 from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
-from lmx.models import TransformerConfig
+from lmx.models import Model, TransformerConfig, build
 from lmx.optim import AdamW, Update
+from lmx.train.checkpoint import load_params
 from lmx.train.step import Enrich
-from lmx.weights.surgery import Surgery
+from lmx.weights.surgery import Surgery, chain
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,28 @@ def load(path: str | Path) -> Run:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no saved run here")
     return values.parse(path.read_text(encoding="utf-8"), Run, str(path))
+
+
+class Trained(NamedTuple):
+    """A trained model at hand: `model.apply(params, {"tokens": ...})`, and text through its tokenizer."""
+
+    run: Run
+    model: Model
+    params: Any
+    tokenizer: Tokenizer
+
+
+def trained(folder: str | Path, step: int | str = "latest") -> Trained:
+    """The model of a run's folder, at a step, "latest" or "best".
+
+    Raises: FileNotFoundError if the folder holds no run or no checkpoint; ValueError if what it holds is damaged.
+    """
+    folder = Path(folder)
+    run = load(folder / "run.txt")
+    model = build(run.model)
+    shapes = jax.eval_shape(lambda key: chain(*run.start)(model.init(key), key), jax.random.key(0))
+    params = jax.tree.map(jnp.asarray, load_params(folder, shapes, step))
+    return Trained(run, model, params, Tokenizer.load(folder / "tokenizer.json"))
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def train(run, out: Path, source: Path | None, *, tensorboard=False, wandb=None,
         jax.distributed.initialize()
     from lmx import train as training
     from lmx.report import run_report
-    from lmx.train.metrics import Live, TensorBoard, Wandb
+    from lmx.train.live import Live
+    from lmx.train.metrics import TensorBoard, Wandb
     from lmx.train.standard import run as run_standard
 
     session = training.session(run)

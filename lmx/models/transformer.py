@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from lmx.mesh import Rules
 from lmx.nn import Block, BlockConfig, Context, Norm, weight
-from lmx.ops.attention import attention
+from lmx.ops import flash
 from lmx.ops.mask import Where
 from lmx.ops.position import Position, RoPE
 from lmx.weights import Transposed, Weight, leaf, linear, lookup, static
@@ -183,7 +183,7 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(("data", "fsdp"), None, None)))
 
-    attend = attention
+    attend = flash.pick(config.attention.impl, platform=platform, mesh=mesh)
     make = partial(Transformer, config, attend, constrain, unroll)
 
     def init(key):

@@ -21,18 +21,19 @@ PACKAGES = ("lmx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"
 
 
 def record(out: Path, run: Any, prepared: Any, devices: list, source: Path | None = None) -> None:
-    """Writes run.txt, environment.json, data.json, and if they exist source.py and uncommitted.diff.
+    """Writes run.txt, tokenizer.json, environment.json, data.json, and if there are any source.py and uncommitted.diff.
 
     source: the experiment file that made the run.
     """
     (out / "run.txt").write_text(values.show(run) + "\n", encoding="utf-8")
+    prepared.tokenizer.save(out / "tokenizer.json")
     repository = Path(lmx.__file__).parent
     environment = {
         "commit": _git(repository, "rev-parse", "HEAD"),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "packages": {name: v for name in PACKAGES if (v := _version(name))},
+        "packages": {name: v for name in PACKAGES if (v := version(name))},
         "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
         "processes": jax.process_count(),
         "command": sys.argv,
@@ -51,7 +52,7 @@ def _json(path: Path, found: dict) -> None:
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

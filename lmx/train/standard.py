@@ -59,9 +59,9 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
     log: list[Sink] = []
     if first:
         record(out, plan, prepared, list(session.program.mesh.devices.flat), source)
-        lines = JsonLines(out / "metrics.jsonl")
-        lines.rewind(start)
-        log = [lines, *sinks]
+        log = [JsonLines(out / "metrics.jsonl"), *sinks]
+        for sink in log:
+            sink.rewind(start)
     tokens = plan.data.batch_size * plan.data.seq_len
     meter = Meter(tokens, models.flops_per_token(plan.model, plan.data.seq_len), session.program.mesh, dtype=plan.model.dtype)
     latest: dict[str, float] = {}

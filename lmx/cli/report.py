@@ -1,0 +1,34 @@
+"""Writes one HTML page about a run or a sweep, from the files in its folder.
+
+  lmx report runs/shakespeare_char/base
+  lmx report runs/positions/sweep --out positions.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from lmx import cli
+
+
+@dataclass(frozen=True)
+class Options:
+    folder: tyro.conf.Positional[Path]
+    """A run's folder, or a sweep's."""
+    out: Path | None = None
+    """The page; report.html in the folder if not given."""
+
+
+def main(argv: list[str]) -> None:
+    asked = cli.options(Options, argv, __doc__, "report")
+    from lmx.report import run_report, sweep_report
+
+    if not asked.folder.is_dir():
+        raise FileNotFoundError(f"{asked.folder}: no such folder; give a run's or a sweep's")
+    is_sweep = (asked.folder / "sweep.json").exists()
+    page = asked.out or asked.folder / "report.html"
+    page.write_text((sweep_report if is_sweep else run_report)(asked.folder), encoding="utf-8")
+    print(page)

@@ -1,0 +1,72 @@
+"""Trains every variant of an experiment with several seeds, and compares them with intervals.
+
+Stop it and repeat the command: finished runs are kept, the one at hand goes on from its checkpoint.
+
+  lmx sweep experiments/positions.py --seeds 3
+  lmx sweep experiments/positions.py --seeds 3 --variants rope alibi --set steps=500
+  lmx sweep experiments/positions.py --tiny                  see in CPU minutes that all of it runs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lmx import cli
+
+
+@dataclass(frozen=True)
+class Options:
+    file: tyro.conf.Positional[Path]
+    """The experiment: a Python file with base() and variants()."""
+    seeds: int = 3
+    """Seeds 0 .. N - 1."""
+    variants: tuple[str, ...] = ()
+    """Only these; all if not given. base is left out when there are others."""
+    set: Annotated[tyro.conf.UseAppendAction[list[str]], tyro.conf.arg(metavar="PATH=VALUE")] = field(
+        default_factory=list
+    )
+    """Changes a setting of every run; repeat it for more."""
+    out: Path | None = None
+    """Folder of the results; runs/NAME/sweep if not given."""
+    tiny: bool = False
+    """Shrinks every run to CPU minutes."""
+    metric: str = "valid/loss"
+
+
+def main(argv: list[str]) -> None:
+    asked = cli.options(Options, argv, __doc__, "sweep")
+    from lmx import run as runs
+    from lmx import sweep as sweeps
+    from lmx import train as training
+    from lmx.report import sweep_report
+    from lmx.report.sweeps import sweep_text
+    from lmx.train.live import Live
+    from lmx.train.standard import run as run_standard
+
+    if asked.seeds < 1:
+        raise ValueError(f"--seeds {asked.seeds}: at least 1")
+    experiment = runs.experiment(asked.file)
+    names = asked.variants or tuple(v for v in experiment.runs if v != "base" or len(experiment.runs) == 1)
+    changes = cli.changes(asked.set)
+    chosen = {}
+    for name in names:
+        run = experiment.variant(name)
+        chosen[name] = (run.tiny() if asked.tiny else run).override(changes)
+    folder = "-".join(["sweep", *(["tiny"] if asked.tiny else []), *(f"{k.split('.')[-1]}={v}" for k, v in changes.items())])
+    out = asked.out or Path("runs", experiment.name, folder.replace("/", "_"))
+    total = len(chosen) * asked.seeds
+
+    def train(run, folder: Path):
+        print(f"{folder.relative_to(out)}", flush=True)
+        run_standard(training.session(run), folder, sinks=[Live(run.steps)], source=experiment.path)
+
+    for i, cell in enumerate(sweeps.sweep(chosen, range(asked.seeds), out, train, asked.metric), 1):
+        print(f"[{i}/{total}] {cell.path}: {cell.status} {cell.error}".rstrip(), flush=True)
+    page = out / "report.html"
+    page.write_text(sweep_report(out), encoding="utf-8")
+    print(sweep_text(out))
+    print(f"report {page}")

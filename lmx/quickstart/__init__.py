@@ -1,0 +1,11 @@
+"""The front door: a tour of the house in chapters, each of which reads what the ones before it found.
+
+A chapter is a file with `CHAPTER = Chapter(name, title, run, show)`. To add one, write it and name it in CHAPTERS.
+"""
+
+from lmx.quickstart import evaluate, pretrain, sample, text, tokens
+from lmx.quickstart.tour import Chapter, Options, Tour, take
+
+CHAPTERS: tuple[Chapter, ...] = (text.CHAPTER, tokens.CHAPTER, pretrain.CHAPTER, evaluate.CHAPTER, sample.CHAPTER)
+
+__all__ = ["CHAPTERS", "Chapter", "Options", "Tour", "take"]

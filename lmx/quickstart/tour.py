@@ -1,0 +1,87 @@
+"""How the tour is taken: chapter after chapter, kept where nothing before it has changed, onto one page."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lmx
+from lmx import artifact
+from lmx.report.page import Page, Section
+
+
+@dataclass(frozen=True)
+class Options:
+    """english, hindi: text files of the user's own instead of the fetched ones. steps: updates of the model."""
+
+    english: tuple[str, ...] = ()
+    hindi: tuple[str, ...] = ()
+    vocab_size: int = 2048
+    steps: int = 600
+    seed: int = 0
+
+
+@dataclass
+class Tour:
+    """What a chapter sees: its folder, the user's options, the facts of the chapters before it, and a way to speak."""
+
+    folder: Path
+    options: Options
+    say: Callable[[str], None] = print
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """run(tour) -> facts that fit into JSON; show(tour, facts) -> its blocks on the page."""
+
+    name: str
+    title: str
+    run: Callable[[Tour], dict[str, Any]]
+    show: Callable[[Tour, dict[str, Any]], tuple]
+
+
+def take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
+    """Goes through the chapters and returns the page's path. A chapter already done with the same options, chapters
+    before it and version of lmx is kept, so a tour that was stopped goes on where it was."""
+    tour.folder.mkdir(parents=True, exist_ok=True)
+    made_from = artifact.hash_text(f"{lmx.__version__} {json.dumps(asdict(tour.options))}")
+    sections, begun = [], time.monotonic()
+    for number, chapter in enumerate(chapters, 1):
+        made_from = artifact.hash_text(f"{made_from} {chapter.name}")
+        file = tour.folder / f"{number}-{chapter.name}.json"
+        facts = _kept(file, made_from)
+        tour.say(f"\n{number}. {chapter.title}" + (" (kept)" if facts is not None else ""))
+        if facts is None:
+            start = time.monotonic()
+            facts = chapter.run(tour)
+            facts["seconds"] = round(time.monotonic() - start, 1)
+            _write(file, json.dumps({"made_from": made_from, "facts": facts}, indent=1, ensure_ascii=False))
+        tour.facts[chapter.name] = facts
+        sections.append(Section(f"{number}. {chapter.title}", tuple(chapter.show(tour, facts))))
+        page = Page("lmx quickstart", tuple(sections), "From raw text to a trained language model, in English and Hindi")
+        _write(tour.folder / "report.html", page.html())
+    tour.say(f"\nall chapters in {time.monotonic() - begun:.0f} s")
+    return tour.folder / "report.html"
+
+
+def _kept(file: Path, made_from: str) -> dict[str, Any] | None:
+    """The facts of an earlier tour, unless they were made from something else."""
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found["facts"] if found["made_from"] == made_from else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
