@@ -2,10 +2,10 @@
 
     python scripts/bench_data.py [--step-ms 30]
 
-For each shape and packing: milliseconds of one thread per batch, without looking ahead, as wall and as CPU time;
-tokens per CPU second; and the share (CPU time) of a training step that takes --step-ms milliseconds for 12 x 64
-tokens and in proportion for more. Then the time to pack a million documents and the share of padding. Documents are
-random, of log-normal length (median 400 tokens), in a store on disk. Best of five runs.
+For each shape and packing: milliseconds of one thread per batch, without looking ahead, as wall and as CPU
+time; tokens per CPU second; and the share (CPU time) of a training step that takes --step-ms milliseconds for
+12 x 64 tokens and in proportion for more. Then the time to pack a million documents and the share of padding.
+Documents are random, of log-normal length (median 400 tokens), in a store on disk. Best of five runs.
 """
 
 import argparse
