@@ -34,7 +34,7 @@ class Adafactor(Update):
 
     lr: float = 1e-2
     weight_decay: float = 0.0
-    matrix: str = "*/w|*/w/*"
+    matrix: str = "*/w|*/w/*|embed|embed/*|head|head/*"
     b2_power: float = 0.8
     max_rms: float = 1.0
     relative: bool = True

@@ -31,8 +31,8 @@ class Update(ABC):
       weight_decay: lambda in p <- p - lr_t * (direction + lambda * p), per unit of learning rate as in
         PyTorch; the lambda of Loshchilov & Hutter (2019, arXiv:1711.05101, algorithm 2) is this one times the
         peak lr.
-      decay: pattern of the paths that are decayed: matrices and the arrays of adapted ones, not norms and
-        biases.
+      decay: pattern of the paths that are decayed: matrices and the arrays of adapted ones. Left are norms,
+        biases and the embedding, as in OLMo 2 (arXiv:2501.00656); add `|embed` to decay that too.
       clip: largest global norm of the gradients; None is off. Pascanu et al. 2013, arXiv:1211.5063, algorithm
         1.
       ema: decay of a moving average of the parameters (`ema_params` finds it); None keeps none.
@@ -41,7 +41,7 @@ class Update(ABC):
     lr: float = 1e-3
     schedule: Schedule = field(default_factory=Cosine)
     weight_decay: float = 0.1
-    decay: str = "*/w|*/w/*"
+    decay: str = "*/w|*/w/*|head|head/*"
     clip: float | None = 1.0
     ema: float | None = None
 
