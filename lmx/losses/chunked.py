@@ -25,8 +25,8 @@ class Chunked(Loss):
     Args:
       size: positions in a slice; memory is B * size * V * 4 bytes, a few times over.
     Raises: ValueError for a size below 1.
-    Source: for the problem, Wijmans et al. 2024 (Cut Your Losses), arXiv:2411.09009, whose kernel cuts along V
-      too; here the cut is along T, with rematerialisation (Chen et al. 2016, arXiv:1604.06174).
+    Source: for the problem, Wijmans et al. 2024 (Cut Your Losses), arXiv:2411.09009, whose kernel cuts V
+      too; here T is cut, with rematerialisation (Chen et al. 2016, arXiv:1604.06174).
     """
 
     loss: Loss
