@@ -84,8 +84,8 @@ class Out:
 
     @property
     def logits(self) -> Float[Array, "B T V"]:
-        """Float32, computed each time it is read."""
-        logits = linear(self.hidden, self.head).astype(jnp.float32)
+        """Float32 sums of products in the dtype of `hidden`, computed each time they are read."""
+        logits = linear(self.hidden, self.head, "float32")
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 

@@ -7,29 +7,34 @@ rounding, in the dtype of `w`, while `dx` has the dtype of `x`.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 
-@jax.custom_vjp
-def matmul(x: Float[Array, "*b K"], w: Float[Array, "K M"]) -> Float[Array, "*b M"]:
-    """x w over the last axis of `x`: inputs in x.dtype, sums in float32 or wider, result in x.dtype.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Float[Array, "*b K"], w: Float[Array, "K M"], dtype: str | None = None) -> Float[Array, "*b M"]:
+    """x w over the last axis of `x`: inputs in x.dtype, sums in float32 or wider, result in `dtype`.
 
+    dtype: None means that of x; "float32" keeps the sums as they are. The gradient that comes back is rounded to
+      x.dtype before its two products, either way.
     Raises: ValueError if the last axis of `x` is not the first axis of `w`.
     """
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"matmul: x {x.shape} and w {w.shape} must be [..., K] and [K, M] with one K")
-    return _dot(x, w.astype(x.dtype), (x.ndim - 1,), (0,)).astype(x.dtype)
+    return _dot(x, w.astype(x.dtype), (x.ndim - 1,), (0,)).astype(dtype or x.dtype)
 
 
-def _matmul_forward(x, w):
-    return matmul(x, w), (x, w)
+def _matmul_forward(x, w, dtype):
+    return matmul(x, w, dtype), (x, w)
 
 
-def _matmul_backward(kept, g):
+def _matmul_backward(_, kept, g):
     x, w = kept
+    g = g.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
     dx = _dot(g, w.astype(x.dtype), (g.ndim - 1,), (1,))
     dw = _dot(x, g, leading, leading)
@@ -39,8 +44,10 @@ def _matmul_backward(kept, g):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@jax.custom_vjp
-def matmul_transposed(x: Float[Array, "*b D"], e: Float[Array, "V D"]) -> Float[Array, "*b V"]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul_transposed(
+    x: Float[Array, "*b D"], e: Float[Array, "V D"], dtype: str | None = None
+) -> Float[Array, "*b V"]:
     """x e^T: the logits of a head tied to the embedding table `e`. Dtypes as in `matmul`.
 
     Raises: ValueError if `x` and `e` differ in their last axis.
@@ -49,15 +56,16 @@ def matmul_transposed(x: Float[Array, "*b D"], e: Float[Array, "V D"]) -> Float[
         raise ValueError(
             f"matmul_transposed: x {x.shape} and e {e.shape} must be [..., D] and [V, D] with one D"
         )
-    return _dot(x, e.astype(x.dtype), (x.ndim - 1,), (1,)).astype(x.dtype)
+    return _dot(x, e.astype(x.dtype), (x.ndim - 1,), (1,)).astype(dtype or x.dtype)
 
 
-def _matmul_transposed_forward(x, e):
-    return matmul_transposed(x, e), (x, e)
+def _matmul_transposed_forward(x, e, dtype):
+    return matmul_transposed(x, e, dtype), (x, e)
 
 
-def _matmul_transposed_backward(kept, g):
+def _matmul_transposed_backward(_, kept, g):
     x, e = kept
+    g = g.astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
     dx = _dot(g, e.astype(x.dtype), (g.ndim - 1,), (0,))
     de = _dot(g, x, leading, leading)

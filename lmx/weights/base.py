@@ -23,9 +23,9 @@ class Weight:
         """Shape of the matrix it stands for, a leading [L] included."""
         raise TypeError(f"{type(self).__name__} does not say its shape")
 
-    def linear(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_out"]:
-        """x times the matrix, in the dtype of x."""
-        return matmul(x, self.dense())
+    def linear(self, x: Float[Array, "*B d_in"], dtype: str | None = None) -> Float[Array, "*B d_out"]:
+        """x times the matrix, computed in the dtype of x; the result has `dtype`, None meaning that of x."""
+        return matmul(x, self.dense(), dtype)
 
     def lookup(self, ids: Int[Array, "*B"]) -> Float[Array, "*B d_out"]:
         """Rows of the matrix, float32."""
@@ -61,16 +61,21 @@ class Transposed(Weight):
         *lead, d_out, d_in = shape_of(self.base)
         return (*lead, d_in, d_out)
 
-    def linear(self, x):
-        return matmul_transposed(x, dense(self.base))
+    def linear(self, x, dtype=None):
+        return matmul_transposed(x, dense(self.base), dtype)
 
     def dense(self):
         return jnp.swapaxes(dense(self.base), -1, -2)
 
 
-def linear(x: Float[Array, "*B d_in"], w: Array | Weight) -> Float[Array, "*B d_out"]:
-    """x @ w, computed in the dtype of x and accumulated in float32."""
-    return w.linear(x) if isinstance(w, Weight) else matmul(x, w)
+def linear(
+    x: Float[Array, "*B d_in"], w: Array | Weight, dtype: str | None = None
+) -> Float[Array, "*B d_out"]:
+    """x @ w, computed in the dtype of x and accumulated in float32.
+
+    dtype: of the result; None means that of x. Logits ask for "float32" and are never rounded to less.
+    """
+    return w.linear(x, dtype) if isinstance(w, Weight) else matmul(x, w, dtype)
 
 
 def lookup(w: Array | Weight, ids: Int[Array, "*B"]) -> Float[Array, "*B d_out"]:

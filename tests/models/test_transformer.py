@@ -249,9 +249,6 @@ def test_activations_have_the_dtype_asked_for_and_logits_are_float32():
     assert np.abs(out.logits - want).max() < 0.05 * np.abs(want).max()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="linear returns the dtype of x, so logits are rounded to bfloat16 first"
-)
 def test_logits_are_not_rounded_to_bfloat16():
     model, params = make(dataclasses.replace(LLAMA, dtype="bfloat16"))
     logits = model.apply(params, some((2, 8))).logits
