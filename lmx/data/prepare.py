@@ -156,7 +156,7 @@ def prepare(data: Data, cache: str | Path, seed: int = 0, progress: Progress | N
                 report.add(Report.from_json(store.meta["report"]))
             if name == "train" and not len(store):
                 raise ValueError(
-                    f"{part.source!r}: valid_share={data.valid_share} leaves no document to train on"
+                    f"{part.source.label}: valid_share={data.valid_share} leaves no document to train on"
                 )
             stores[-1].append(store)
     valid = tuple(store for store in stores[1] if len(store))
@@ -188,18 +188,6 @@ class _Part:
         """Names the documents, and whatever `more` is made of them, by content."""
         return _key(self.source.fingerprint(), repr(self.split), str(self.clean), *more)
 
-    def parents(self) -> list[artifact.Artifact]:
-        paths = self.source.files()
-        if len(paths) > 64:
-            size = sum(path.stat().st_size for path in paths)
-            facts = {"files": len(paths), "bytes": size}
-            return [artifact.Artifact("files", self.source.fingerprint(), str(paths[0].parent), facts)]
-        return [
-            artifact.read(path)
-            or artifact.Artifact("file", files.hash_of(path), str(path), {"bytes": path.stat().st_size})
-            for path in paths
-        ]
-
 
 def _parts(data: Data) -> tuple[list[_Part], list[_Part]]:
     """(training parts, validation parts)."""
@@ -224,7 +212,7 @@ def _tokenizer(spec, parts, cache, report, progress):
         if missing:
             if not path.is_dir():
                 _train_tokenizer(spec, parts, path, progress)
-            parents = [parent for part in parts for parent in part.parents()]
+            parents = [parent for part in parts for parent in part.source.artifacts()]
             with explained(path):
                 artifact.record(
                     path, "tokenizer", parents, {**Tokenizer.load(path).facts, "spec": repr(spec)}
@@ -267,10 +255,10 @@ def _store(part, tokenizer, tokenizer_path, cache, stage, progress) -> TokenStor
                 _join(path, [replace(part, source=group) for group in groups], tokenizer, cache, meter)
             meta = TokenStore(str(path)).meta
             facts = {k: v for k, v in meta.items() if k not in ("report", "version")} | {
-                "source": repr(part.source)
+                "source": part.source.label
             }
             with explained(path):
-                artifact.record(path, "corpus", [*part.parents(), tokenizer_path], facts)
+                artifact.record(path, "corpus", [*part.source.artifacts(), tokenizer_path], facts)
     return TokenStore(str(path))
 
 

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from lmx import artifact
 from lmx.text.graphemes import clusters
 
 from . import files
@@ -23,6 +24,7 @@ from .tally import Report
 
 Document = dict[str, Any]
 MAX_LINE = 64 << 20
+MANY_FILES = 64
 
 
 class NoDocument(ValueError):
@@ -56,11 +58,25 @@ class Source:
             yield document
         report.add(here)
         if not here.documents:
-            raise NoDocument(f"{self!r}: no usable document. {here}{self._hint()}", here)
+            raise NoDocument(f"{self.label}: no usable document. {here}{self._hint()}", here)
+
+    @property
+    def label(self) -> str:
+        """Its repr, cut short where texts are given inside it."""
+        whole = repr(self)
+        return whole if len(whole) <= 300 else f"{whole[:297]}..."
 
     def files(self) -> tuple[Path, ...]:
         """The files it reads, in order."""
         return ()
+
+    def artifacts(self) -> list[artifact.Artifact]:
+        """What its documents come from: each file or folder it reads by hash, many files as one."""
+        paths = self.files()
+        if len(paths) > MANY_FILES:
+            facts = {"files": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
+            return [artifact.Artifact("files", self.fingerprint(), str(paths[0].parent), facts)]
+        return [artifact.read(path) or _raw(path) for path in paths]
 
     def fingerprint(self) -> str:
         """sha256 of the content and of the settings that decide the documents: the same text elsewhere is
@@ -309,6 +325,10 @@ def source(spec: str | Source) -> Source:
     ending = Path(spec.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
     kind = {".jsonl": Jsonl, ".ndjson": Jsonl, ".parquet": Parquet}.get(ending, Text)
     return kind(spec)
+
+
+def _raw(path):
+    return artifact.Artifact("file", hash_of(path), str(path), {"bytes": path.stat().st_size})
 
 
 def _checked(text, where, report):

@@ -114,7 +114,7 @@ class Tokenize(Stream):
         for group in _groups(documents):
             encoded = self.tokenizer.encode_batch([document["text"] for document in group])
             for document, ids in zip(group, encoded):
-                if report is not None and unknown in ids:
+                if report is not None and unknown is not None and unknown in ids:
                     report.note("unknown_tokens", document["id"], ids.count(unknown))
                 more = document.get("more", False)
                 ids = [*([] if continues else begin), *ids, *([] if more else end)]

@@ -19,6 +19,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lmx import artifact
+
+from .sources import Source
 from .store import explained
 
 _READABLE = ("array_record", "tfrecord")
@@ -84,7 +87,15 @@ def prepare_tfds(
             data_dir=str(data_dir), file_format="array_record", **({"config": setup} if setup else {})
         )
         builder.download_and_prepare()
-    return Path(builder.data_path)
+        folder = Path(builder.data_path)
+        if artifact.read(folder) is None:
+            parents = [
+                a for stream in splits.values() if isinstance(stream, Source) for a in stream.artifacts()
+            ]
+            artifact.record(
+                folder, "tfds", parents, {"name": name, "version": version, "splits": list(splits)}
+            )
+    return folder
 
 
 def folder_of(name: str, data_dir: str | None = None) -> Path:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from lmx import artifact
 from lmx.data import Documents, Jsonl, Report, Text, Tfds, prepare_tfds, source
 from lmx.data.tfds import folder_of
 
@@ -69,6 +70,13 @@ def test_preparing_again_keeps_what_is_there(root):
         prepare_tfds(Documents(("other",)), "wiki40b/hi", root, version="1.3.0") == root / "wiki40b/hi/1.3.0"
     )
     assert folder_of("wiki40b/hi", str(root)).stat().st_mtime_ns == before
+
+
+def test_the_dataset_names_what_it_was_made_from(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": HINDI}))
+    made = artifact.read(prepare_tfds(Jsonl(str(path)), "corpus", tmp_path))
+    assert (made.kind, [parent.hash for parent in made.made_from]) == ("tfds", [artifact.hash_path(path)])
 
 
 def test_the_newest_version_is_taken(tmp_path):
