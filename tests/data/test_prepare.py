@@ -404,7 +404,7 @@ def test_data_is_a_value_that_shows_itself():
 
 def test_texts_given_as_values_do_not_flood_errors_and_artifacts(tmp_path):
     long = Documents(("word " * 5000, "other " * 5000))
-    with pytest.raises(ValueError, match="holds out none|leaves no document") as error:
+    with pytest.raises(ValueError, match=r"holds out none|leaves no document") as error:
         prepare(Data(train=(long,), valid_share=1e-9), tmp_path)
     with pytest.raises(ValueError, match="no usable document") as blank:
         prepare(Data(train=(Documents((" " * 5000,) * 3),), valid_share=0.0), tmp_path)
