@@ -267,8 +267,8 @@ def _check(spec: TokenizerSpec, least: int) -> None:
 
 
 def _chunks(spec: TokenizerSpec, texts: Iterable[str]) -> Iterator[str]:
-    """The texts in parts of at most CHUNK characters: an endless line takes no more memory than others, and an
-    endless word, on which trainers spend the square of its length, not much more time."""
+    """The texts in parts of at most CHUNK characters. An endless line then takes no more memory than others,
+    and an endless word, on which trainers spend the square of its length, little more time."""
     empty = True
     for text in texts:
         if not isinstance(text, str):

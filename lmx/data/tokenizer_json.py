@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +185,16 @@ class Tokenizer:
         """The name of a token in the file; None if the id is not used."""
         return self._rust.id_to_token(token_id)
 
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        """(start, end) of every token of the text, in bytes of its UTF-8. They cover the text without gap or
-        overlap if `lossless`; otherwise they are what the file's own rules say, in whole characters."""
+    def spans(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, end) of every token of the text, in bytes of its UTF-8. They cover the text without gap
+        or overlap if `lossless`; otherwise they are what the file's own rules say, in whole characters."""
         if self.lossless:
-            ends = _cumulative(len(self._bytes[i]) for i in self.encode(text))
-            return list(pairwise(ends))
-        at = _cumulative(len(char.encode()) for char in text)
-        return [(at[a], at[b]) for a, b in self._rust.encode(text, add_special_tokens=False).offsets]
+            ids = self.encode(text)
+            ends = list(accumulate((len(self._bytes[i]) for i in ids), initial=0))
+            return list(zip(ids, ends, ends[1:]))
+        at = list(accumulate((len(char.encode()) for char in text), initial=0))
+        encoding = self._rust.encode(text, add_special_tokens=False)
+        return [(i, at[start], at[end]) for i, (start, end) in zip(encoding.ids, encoding.offsets)]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -280,13 +282,6 @@ def _utf8(text: str) -> bytes:
             f"character {error.start} of the text is a lone surrogate, {text[error.start]!r}, without UTF-8; "
             "decode its bytes with errors='replace', or clean it with lmx.text.normalize.strip_controls"
         ) from error
-
-
-def _cumulative(lengths: Iterable[int]) -> list[int]:
-    total = [0]
-    for length in lengths:
-        total.append(total[-1] + length)
-    return total
 
 
 def _flat(part: dict[str, Any] | None, inner: str) -> Iterator[dict[str, Any]]:

@@ -80,7 +80,8 @@ def test_every_text_round_trips(spec, text):
     assert "".join(assemble(map(tokenizer.token_bytes, ids))) == text
     assert tokenizer.encode_batch([text, "", text]) == [ids, [], ids]
     spans = tokenizer.spans(text)
-    assert [text.encode()[a:b] for a, b in spans] == [tokenizer.token_bytes(i) for i in ids]
+    assert [i for i, _, _ in spans] == ids
+    assert [text.encode()[a:b] for _, a, b in spans] == [tokenizer.token_bytes(i) for i in ids]
 
 
 @pytest.mark.parametrize("spec", [*LOSSLESS, Word(vocab_size=60)], ids=repr)
@@ -221,7 +222,7 @@ def test_words_are_kept_or_unknown():
     assert tokenizer.encode("a cat\na dog") == [4, 6, 5, 4, 3]
     assert tokenizer.unk_id == 3
     assert tokenizer.decode([4, 6, 5, 4, 3]) == "a cat\na<|unk|>"
-    assert tokenizer.spans("a cat dog") == [(0, 1), (1, 5), (5, 9)]
+    assert tokenizer.spans("a cat à") == [(4, 0, 1), (6, 1, 5), (3, 5, 8)]
 
 
 def test_unigram_prefers_the_likelier_pieces():
