@@ -9,7 +9,9 @@ call these methods together.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -30,6 +32,17 @@ from lmx.train import stored
 from lmx.tree import matches
 
 FOLDER = "checkpoints"
+_saves = itertools.count()
+
+
+class _Quiet(logging.Filter):
+    """Orbax logs one failed write many times, with stack traces; it is reported here, once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+_quiet = _Quiet()
 
 
 class Checkpoints:
@@ -64,9 +77,10 @@ class Checkpoints:
         self.made_from = tuple(artifact.find(p) for p in made_from)
         self.skip, self.strict, self.wait_seconds = skip, strict, wait_seconds
         self.failed, self.problem = 0, None
-        self._saves, self._saving, self._error = 0, None, None
+        self._saving, self._error = None, None
         self._start, self._own = -1, set()
         _check_writable(self.folder)
+        logging.getLogger("absl").addFilter(_quiet)
         if jax.process_index() == 0:
             for left in self.folder.glob("*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -100,12 +114,11 @@ class Checkpoints:
         self._error = _make_folder(self._partial(step)) if jax.process_index() == 0 else None
         if not _all_processes(self._error is None):
             return self._report_failure(step)
-        self._saves += 1
         writer = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(),
+            stored.handler(),
             async_options=ocp.AsyncOptions(timeout_secs=self.wait_seconds),
             multiprocessing_options=ocp.options.MultiprocessingOptions(
-                barrier_sync_key_prefix=f"{self.folder}-{self._saves}"
+                barrier_sync_key_prefix=f"lmx-save-{next(_saves)}"
             ),
         )
         try:

@@ -25,6 +25,18 @@ from lmx.tree import path_str
 
 HASHED_BYTES = 4 * 2**30
 META = "meta.json"
+SPLIT_BYTES = 2**20
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+    """Writes and reads arrays. Copies of an array share its writing where each part has SPLIT_BYTES or more.
+
+    (By default Orbax cuts every array, which compiles one slice for each of its shapes.)
+    """
+    kinds = ocp.type_handlers
+    arrays = kinds.ArrayHandler(min_slice_bytes_for_replica_parallel=SPLIT_BYTES)
+    registry = kinds.create_type_handler_registry((jax.Array, arrays), (np.ndarray, kinds.NumpyHandler()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -85,7 +97,7 @@ def read(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
             restore_args=nest({path: placed(x) for path, x in full.items()}),
             partial_restore=True,
         )
-        found |= leaves(ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args))
+        found |= leaves(handler().restore(folder / "state", args=args))
     return found
 
 
