@@ -101,6 +101,18 @@ def follow(shapes: Any, params: Any, placed: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a global batch that this process holds.
+
+    Raises: ValueError if they are not consecutive, which a mesh over devices in their usual order never does.
+    """
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
+    spans = sorted({place[0].indices(batch_size)[:2] for place in places})
+    if any(a[1] != b[0] for a, b in zip(spans, spans[1:])):
+        raise ValueError(f"mesh: this process holds rows {spans} of a batch; order the devices by process")
+    return slice(spans[0][0], spans[-1][1])
+
+
 def check_batch(batch_size: int, n_micro: int, mesh: Mesh) -> None:
     """Raises: ValueError if rows do not split evenly over micro-batches and devices."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

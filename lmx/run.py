@@ -29,7 +29,8 @@ class Run:
     """model, data, optim: what is trained, on what, and how its updates are made.
     objective: named loss terms. start: surgeries on the fresh parameters. trainable: pattern of the paths that learn.
     enrich: what the step adds to each batch. steps: updates; n_micro: parts a batch is cut into to save memory.
-    eval_every, save_every: in steps; eval_batches: None means all validation rows. keep: latest checkpoints kept,
+    eval_every, save_every: in steps; eval_batches: None means all validation rows. eval_lengths: rows of these lengths
+    are judged too. keep: latest checkpoints kept,
     beside the best. max_skips: updates in a row that may be left out as not finite before the run stops.
     """
 
@@ -46,6 +47,7 @@ class Run:
     seed: int = 0
     eval_every: int = 250
     eval_batches: int | None = None
+    eval_lengths: tuple[int, ...] = ()
     save_every: int = 500
     keep: int = 3
     max_skips: int = 10

@@ -1,7 +1,7 @@
 """Text to batches: sources, streams, tokenizers, token stores, packing; batch n is a function of (seed,
 n)."""
 
-from .batches import Batches, ahead, iterate, process_rows
+from .batches import Batches, ahead, iterate
 from .prepare import Data, Prepared, prepare
 from .sources import Documents, Jsonl, Parquet, Source, Text, Tfds, source
 from .store import TokenStore
@@ -41,6 +41,5 @@ __all__ = [
     "iterate",
     "prepare",
     "prepare_tfds",
-    "process_rows",
     "source",
 ]

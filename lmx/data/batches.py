@@ -166,34 +166,20 @@ class Batches:
         return which, rows, shifts
 
 
-def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that one process makes: equal consecutive slices.
-
-    Raises: ValueError if batch_size is not a multiple of process_count.
-    """
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size} is not a multiple of process_count={process_count}; change one of them"
-        )
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
-
-
 def iterate(
     batches: Batches,
     start: int = 0,
     stop: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: slice | None = None,
     depth: int = 2,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields (n, this process's rows of batch n) for n = start, start + 1, ..., made ahead by a thread.
+    """Yields (n, batch n) for n = start, start + 1, ..., made ahead by a thread.
 
     Args:
+      rows: of each batch, those this process is to make; all of them if None.
       depth: batches kept ready; 0 makes each one when it is asked for.
     Raises: whatever making a batch raised, at the batch it belongs to.
     """
-    rows = process_rows(batches.batch_size, process_index, process_count)
     numbers = iter(range(start, stop)) if stop is not None else iter(_count(start))
     made = ((n, batches.batch(n, rows)) for n in numbers)
     return ahead(made, depth) if depth else made

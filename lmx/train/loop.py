@@ -14,6 +14,7 @@ import numpy as np
 
 from lmx import data as datasets
 from lmx.data.batches import ahead, iterate
+from lmx.mesh import local_rows
 from lmx.train.program import Program, program
 from lmx.train.state import State
 
@@ -42,8 +43,7 @@ class Session:
         batches = iterate(
             self.prepared.train,
             start=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=local_rows(self.program.mesh, self.run.data.batch_size),
         )
         try:
             for _ in range(start, self.run.steps):
@@ -54,17 +54,25 @@ class Session:
             batches.close()
 
     def evaluate(self, state: State) -> dict[str, float]:
-        """Mean next-token loss, in nats per token, over the validation rows (the first `eval_batches` batches)."""
-        rows = datasets.process_rows(self.run.data.batch_size, jax.process_index(), jax.process_count())
+        """Mean next-token loss in nats per token over the validation rows, or the first `eval_batches` batches of them.
+
+        Returns: valid/loss, and valid/loss@N for each N of `eval_lengths`: the same text in rows of N tokens.
+        """
+        found = {"valid/loss": self._mean_loss(state.params, self.run.data.seq_len)}
+        for length in self.run.eval_lengths:
+            found[f"valid/loss@{length}"] = self._mean_loss(state.params, length)
+        return found
+
+    def _mean_loss(self, params: Any, seq_len: int) -> float:
+        batches = replace(self.prepared.valid, seq_len=seq_len)
+        rows = local_rows(self.program.mesh, batches.batch_size)
         nats = tokens = 0.0
-        params = state.params
-        for i, batch in enumerate(ahead(self.prepared.valid.once(), depth=2)):
+        for i, batch in enumerate(ahead(batches.once(), depth=2)):
             if i == self.run.eval_batches:
                 break
-            local = {name: x[rows] for name, x in batch.items()}
-            sums = self.program.evaluate(params, self.program.place(local))
+            sums = self.program.evaluate(params, self.program.place({name: x[rows] for name, x in batch.items()}))
             nats, tokens = nats + float(sums[0]), tokens + float(sums[1])
-        return {"valid/loss": nats / tokens}
+        return nats / tokens
 
 
 def session(run: Any, *, cache: str | Path | None = None, devices: list | None = None, progress=None) -> Session:

@@ -21,7 +21,7 @@ from lmx.train.metrics import JsonLines, Meter, Sink
 from lmx.train.record import record
 from lmx.train.state import State
 
-RESUMABLE = ("mesh", "eval_every", "eval_batches", "save_every", "keep", "max_skips")
+RESUMABLE = ("mesh", "eval_every", "eval_batches", "eval_lengths", "save_every", "keep", "max_skips")
 
 
 class Diverged(RuntimeError):

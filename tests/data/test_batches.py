@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmx.data.batches import BLOCK, Batches, iterate, process_rows
+from lmx.data.batches import BLOCK, Batches, iterate
 from lmx.data.store import TokenStore, Writer
 
 
@@ -90,7 +90,7 @@ def test_a_batch_depends_on_seed_and_number_only(store, other, n, seed, P):
         batches = Batches((store, other), 32, 12, seed, weights)
         whole = batches.batch(n)
         parts = [
-            Batches((store, other), 32, 12, seed, weights).batch(n, process_rows(12, p, P)) for p in range(P)
+            Batches((store, other), 32, 12, seed, weights).batch(n, slice(12 * p // P, 12 * (p + 1) // P)) for p in range(P)
         ]
         for name, value in whole.items():
             assert np.array_equal(value, np.concatenate([part[name] for part in parts])), name
@@ -187,7 +187,7 @@ def test_the_fingerprint_changes_with_anything_that_changes_batches(store, other
 def test_iterating_ahead_gives_the_same_batches_from_any_start(store):
     batches = Batches((store,), 32, 4)
     for depth in (0, 1, 3):
-        got = list(iterate(batches, start=5, stop=9, process_index=1, process_count=2, depth=depth))
+        got = list(iterate(batches, start=5, stop=9, rows=slice(2, 4), depth=depth))
         assert [n for n, _ in got] == [5, 6, 7, 8]
         for n, batch in got:
             assert np.array_equal(batch["tokens"], batches.batch(n)["tokens"][2:])
@@ -219,5 +219,3 @@ def test_settings_that_cannot_be_met_are_refused(store, other, folder):
             Batches(**{"stores": (store, other), "seq_len": 8, "batch_size": 2, **settings})
     with pytest.raises(ValueError, match="no document"):
         Batches((make(folder / "none", []),), 8, 2)
-    with pytest.raises(ValueError, match="not a multiple of process_count=5"):
-        process_rows(12, 0, 5)
