@@ -28,6 +28,7 @@ from lmx.ops.blockwise import blockwise
 from lmx.ops.kept import kept
 from lmx.ops.mask import Causal, Full, Mask, SameSegment, SlidingWindow, Where
 
+Shaped = Array | jax.ShapeDtypeStruct
 ROWS = ("data", "fsdp")
 HEADS = "tensor"
 
@@ -86,7 +87,14 @@ def choose(
 
 
 def obstacle(
-    name: str, q: Array, k: Array, *, mask: Mask, bias: Bias | None, softcap: float | None, mesh: Mesh | None
+    name: str,
+    q: Shaped,
+    k: Shaped,
+    *,
+    mask: Mask,
+    bias: Bias | None,
+    softcap: float | None,
+    mesh: Mesh | None,
 ) -> str | None:
     """Why a path cannot express the call, in words that follow its name; None if it can."""
     (_, T, _, H), S = q.shape, k.shape[1]
@@ -232,7 +240,7 @@ def _on_mesh(f: Callable, mesh: Mesh, q, k, v, q_where: Where, k_where: Where):
     )(q, k, v, q_where, k_where)
 
 
-def _split(q: Array, k: Array, mesh: Mesh) -> str | None:
+def _split(q: Shaped, k: Shaped, mesh: Mesh) -> str | None:
     """Why rows and heads do not divide over the mesh; None if they do."""
     rows, tensor = 1, mesh.shape.get(HEADS, 1)
     for axis in ROWS:

@@ -28,6 +28,7 @@ def allows(mask, i: int, seg_i: int, j: int, seg_j: int) -> bool:
 def attend(q, k, v, *, q_where, k_where, mask, bias=None, scale=None, softcap=None, g=None):
     """out [B, T, N, H]; with g, the gradient of sum(out * g): (out, dq, dk, dv, dbias [B, N, T, S])."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q_where, k_where = (type(where)(*map(np.asarray, where)) for where in (q_where, k_where))
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     scale = 1 / np.sqrt(H) if scale is None else scale
