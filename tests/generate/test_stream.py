@@ -1,0 +1,160 @@
+"""Streams show whole characters and clusters only, and add up to what generate returns."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
+from parrot import parrot
+
+from lmx.data import Byte
+from lmx.generate import Sampling, generate, stream
+from lmx.generate.assemble import Assembler
+from lmx.models import build
+from lmx.models.presets import llama
+
+BYTES = Byte().train(["the byte tokenizer learns nothing"])
+TEXT = "क्षत्रिय स्त्री 👩‍👩‍👧 🇮🇳 e\u0301\u0323 हिन्दी"
+ALPHABET = st.sampled_from(
+    [*"ab \n", "क", "्", "ष", "ि", "ं", "\u200d", "\u0301", "👩", "👧", "🇮", "🇳", "é", "\r"]
+)
+texts = st.text(ALPHABET, max_size=30)
+
+
+def cut(data, sizes):
+    """The bytes in pieces of the given sizes, in turn."""
+    pieces, at, i = [], 0, 0
+    while at < len(data):
+        pieces.append(data[at : at + sizes[i % len(sizes)]])
+        at, i = at + sizes[i % len(sizes)], i + 1
+    return pieces
+
+
+def assembled(pieces, stop=()):
+    """(parts, pieces used)"""
+    assembler, parts, used = Assembler(stop), [], 0
+    for piece in pieces:
+        parts.append(assembler.push(piece))
+        used += 1
+        if assembler.stopped:
+            break
+    return [*parts, assembler.finish()], used
+
+
+def boundaries(text):
+    """Where grapheme clusters begin, and the end."""
+    return {0, len(text)} | {match.start() for match in regex.finditer(r"\X", text)}
+
+
+sizes = st.lists(st.integers(1, 7), min_size=1, max_size=5)
+
+
+@given(texts, sizes)
+def test_no_part_ends_inside_a_cluster(text, sizes):
+    parts, _ = assembled(cut(text.encode(), sizes))
+    assert "".join(parts) == text
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    assert set(ends) <= boundaries(text)
+
+
+@given(st.binary(max_size=30), sizes)
+def test_bytes_that_are_no_text_become_replacement_characters(data, sizes):
+    parts, _ = assembled(cut(data, sizes))
+    assert "".join(parts) == data.decode("utf-8", "replace")
+
+
+def stopped_by_definition(pieces, stop):
+    """(text, pieces used): after each piece, look for any stop string in all bytes so far."""
+    data = b""
+    for n, piece in enumerate(pieces, 1):
+        data += piece
+        starts = [data.find(s.encode()) for s in stop if s.encode() in data]
+        if starts:
+            return data[: min(starts)].decode("utf-8", "replace"), n
+    return data.decode("utf-8", "replace"), len(pieces)
+
+
+@given(texts, sizes, st.lists(st.text(ALPHABET, min_size=1, max_size=3), min_size=1, max_size=3))
+def test_stop_strings_are_found_wherever_the_pieces_part(text, sizes, stop):
+    pieces = cut(text.encode(), sizes)
+    parts, used = assembled(pieces, stop)
+    assert ("".join(parts), used) == stopped_by_definition(pieces, stop)
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_overlapping_stop_strings(text, stop):
+    pieces = [char.encode() for char in text]
+    parts, used = assembled(pieces, stop)
+    assert ("".join(parts), used) == stopped_by_definition(pieces, stop)
+
+
+def test_text_is_not_held_back_longer_than_need_be():
+    """One cluster behind, and only what may still become a stop string."""
+    assembler = Assembler(("<end>",))
+    assert [assembler.push(c.encode()) for c in "abc"] == ["", "a", "b"]
+    assert [assembler.push(c.encode()) for c in "<e"] == ["", ""]
+    assert assembler.push(b"x") == "c<e"
+    assert assembler.finish() == "x"
+
+
+@functools.cache
+def spelling():
+    return parrot([*BYTES.encode(TEXT), BYTES.eos_id], BYTES.vocab_size)
+
+
+def collect(*args, **more):
+    """(parts, the generator's return value)"""
+    parts, running = [], stream(*args, **more)
+    while True:
+        try:
+            parts.append(next(running))
+        except StopIteration as end:
+            return parts, end.value
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+@pytest.mark.parametrize("stop", [(), ("हि",), ("\u200d👧",)], ids=repr)
+def test_a_stream_shows_clusters_and_adds_up_to_generate(stop, chunk):
+    model, params = spelling()
+    sampling = Sampling(temperature=0.0, max_tokens=120, stop=stop)
+    want = generate(model, params, BYTES, [""], sampling)[0]
+    parts, completion = collect(model, params, BYTES, "", sampling, chunk=chunk)
+    assert completion == want and "".join(parts) == want.text
+    assert all(parts) and len(parts) > 5
+    whole = TEXT if not stop else TEXT[: TEXT.index(stop[0])]
+    assert want.text == whole and set(np.cumsum([len(p) for p in parts]).tolist()) <= boundaries(whole)
+    assert completion.reason == ("stop" if stop else "eos")
+
+
+def test_the_first_part_is_the_first_cluster_and_a_stream_may_be_left():
+    model, params = spelling()
+    running = stream(model, params, BYTES, "", Sampling(temperature=0.0, max_tokens=120), chunk=1)
+    assert next(running) == "क्ष"
+    running.close()
+
+
+def test_random_bytes_and_seeds():
+    config = llama(16, 1, 2, vocab_size=BYTES.vocab_size, init_std=0.3)
+    model = build(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    for seed in range(3):
+        sampling = Sampling(max_tokens=40, seed=seed)
+        batch = generate(model, params, BYTES, ["x", "yz"], sampling)
+        for row, prompt in enumerate(["x", "yz"]):
+            parts, completion = collect(model, params, BYTES, prompt, sampling, row=row)
+            assert completion.tokens == batch[row].tokens and "".join(parts) == batch[row].text
+
+
+def test_nothing_to_write():
+    model, params = spelling()
+    parts, completion = collect(model, params, BYTES, "", Sampling(max_tokens=0))
+    assert parts == [] and completion.text == "" and completion.reason == "length"
+
+
+def test_errors_come_with_the_first_part():
+    model, params = spelling()
+    with pytest.raises(ValueError, match="prompt 0 has 101 tokens"):
+        next(stream(model, params, BYTES, "x" * 100, Sampling(max_tokens=100)))
