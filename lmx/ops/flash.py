@@ -66,8 +66,8 @@ def pick(impl: str = "auto", *, platform: str, mesh: Mesh | None = None) -> Call
 
 def choose(
     platform: str,
-    q: Array,
-    k: Array,
+    q: Shaped,
+    k: Shaped,
     *,
     mask: Mask,
     bias: Bias | None,

@@ -1,4 +1,4 @@
-"""Every fused path against the reference, forward and gradient; memory, limits, and the choice between them."""
+"""Every fused path against the reference, forward and gradient; memory, limits and the choice."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ def value_and_gradients(f, args, g):
 def assert_equal_to_reference(path, args, dtype="float32", make_bias=None, **rule):
     """Value and gradients with respect to q, k, v and the bias's weights.
 
-    |difference| <= 32 eps of the dtype times the largest value: both sum the same terms in float32, in another
-    order.
+    |difference| <= 32 eps of the dtype times the largest value: the same terms, in another order.
     """
     g = draw(9, *args[0].shape, dtype=dtype)
 
