@@ -26,6 +26,17 @@ def test_two_processes_train_as_one_does(references):
     assert_close(two, one, since=0)
 
 
+def test_processes_that_share_matrices_see_the_same_rows(runner, references, tmp_path):
+    """One device in each of two processes, and the tensor axis across them: both hold the whole batch."""
+    job = replace(references["two"], out=str(tmp_path / "run"), mesh=(1, 1, 2), devices=1, port=free_port())
+    runner.run(job)
+    for process in (0, 1):
+        notes = [json.loads(x) for x in Path(f"{job.out}.rows.{process}.jsonl").read_text().splitlines()]
+        assert [len(note["rows"]) for note in notes] == [16] * job.steps
+    assert rows(job.out) == rows(references["alone"].out)
+    assert_close(job, references["alone"], since=0)
+
+
 @pytest.mark.parametrize("begun, ended", [("two", "two"), ("two", "eight"), ("eight", "two")])
 def test_begun_by_some_and_ended_by_other_processes(runner, references, tmp_path, begun, ended):
     begun, ended = references[begun], references[ended]

@@ -110,14 +110,14 @@ def _noting_rows(step, job):
     notes = Path(f"{job.out}.rows.{job.process}.jsonl")
 
     def noted(state, batch):
-        hashes: dict[int, str] = {}
+        mine: dict[int, bytes] = {}
         for name in sorted(batch):
+            held: dict[int, bytes] = {}
             for shard in batch[name].addressable_shards:
-                for offset, row in enumerate(np.asarray(shard.data)):
-                    if shard.replica_id == 0:
-                        number = (shard.index[0].start or 0) + offset
-                        digest = hashlib.sha256(hashes.get(number, "").encode() + row.tobytes())
-                        hashes[number] = digest.hexdigest()[:16]
+                for number, row in enumerate(np.asarray(shard.data), shard.index[0].start or 0):
+                    assert held.setdefault(number, row.tobytes()) == row.tobytes()
+            mine = {number: mine.get(number, b"") + row for number, row in held.items()}
+        hashes = {number: hashlib.sha256(row).hexdigest()[:16] for number, row in mine.items()}
         with notes.open("a") as file:
             file.write(json.dumps({"step": int(state.step), "rows": hashes}) + "\n")
         return step(state, batch)
