@@ -355,7 +355,6 @@ def test_other_paths_lower_without_barriers(impl, platform):
     assert "optimization_barrier" not in program.mlir_module()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype, H", [("bfloat16", 64), ("bfloat16", 128), ("float32", 64)])
 def test_compiles_for_four_tpu_chips(dtype, H, monkeypatch):
     """Ahead of time for a v5e 2x2 slice by libtpu, which checks tiles and on-chip memory."""
