@@ -35,7 +35,7 @@ def base() -> Run:
         optim=AdamW(lr=3e-3, schedule=Linear()),
         steps=1000,
         eval_every=1000,
-        eval_lengths=(128, 256),
+        eval_lengths=(64, 128, 256),
         save_every=1000,
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from lmx.report import plots
 from lmx.report.page import Block, Figure, Page, Section, Text
 from lmx.report.runs import LOSS, read_json, read_metrics, smoothing
-from lmx.report.stats import mean_interval, paired_difference
+from lmx.report.stats import Interval, mean_interval, paired_difference
 from lmx.report.table import Cell, Table
 
 Series = dict[str, list[tuple[int, float]]]
@@ -124,10 +124,34 @@ def sweep_report(sweep_dir: str | Path) -> str:
     series = {at: own for at, (own, _) in found.items()}
     sections = (
         Section("Results", tuple(blocks)),
+        Section("By length", _by_length(metric, variants, series)),
         Section("Learning curves", _learning(metric, variants, series)),
     )
     subtitle = f"Sweep report: {len(variants)} variants, {len(trials)} runs"
     return Page(sweep_dir.resolve().name, tuple(s for s in sections if s.blocks), subtitle).html()
+
+
+def _by_length(metric: str, variants: list[str], found: dict[tuple[str, int], Series]) -> tuple[Block | Table, ...]:
+    """The last `metric`@N of each variant against N, where a run was judged on rows of several lengths."""
+    names = dict.fromkeys(name for s in found.values() for name in s if name.startswith(f"{metric}@"))
+    lengths = sorted(int(name.rpartition("@")[2]) for name in names)
+    means: dict[str, dict[int, Interval]] = {v: {} for v in variants}
+    for v in variants:
+        for n in lengths:
+            ends = [s[f"{metric}@{n}"][-1][1] for (w, _), s in found.items() if w == v and f"{metric}@{n}" in s]
+            if ends and all(map(math.isfinite, ends)):
+                means[v][n] = mean_interval(ends)
+    lines = {v: list(points.items()) for v, points in means.items() if points}
+    if not lines:
+        return ()
+    rows = tuple((v, *(points.get(n) for n in lengths)) for v, points in means.items())
+    return (
+        Figure(
+            plots.lines_with_points(lines, x_label="tokens in a row", y_label=metric, log_x=True),
+            "The same text in rows of other lengths than those trained on; mean over seeds with 95 % interval.",
+        ),
+        Table(("variant", *map(str, lengths)), rows),
+    )
 
 
 def _learning(metric: str, variants: list[str], found: dict[tuple[str, int], Series]) -> tuple[Figure, ...]:
