@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from lmx import tree
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+ROWS = ("data", "fsdp")
+BATCH = P(ROWS)
 
 Rules = tuple[tuple[str, tuple], ...]
 
@@ -73,11 +74,15 @@ def shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
 
     def place(keys, x):
         axes = next(axes for pattern, axes in rules if tree.matches(tree.path_str(keys), pattern))
-        axes = (None,) * (len(x.shape) - len(axes)) + tuple(axes)
-        fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape)]
-        return NamedSharding(mesh, P(*fits))
+        return fit(x.shape, (None,) * (len(x.shape) - len(axes)) + tuple(axes), mesh)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def fit(shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> NamedSharding:
+    """Each dimension over its mesh axis (a name, several, or None), but not one that the axis does not divide."""
+    sizes = [math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes]
+    return NamedSharding(mesh, P(*(a if n % size == 0 else None for a, n, size in zip(axes, shape, sizes))))
 
 
 def follow(shapes: Any, params: Any, placed: Any, mesh: Mesh) -> Any:

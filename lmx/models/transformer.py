@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from lmx.mesh import Rules
+from lmx.mesh import ROWS, Rules, fit
 from lmx.nn import Block, BlockConfig, Context, Norm, weight
 from lmx.ops import flash
 from lmx.ops.mask import Where
@@ -133,12 +132,13 @@ class Transformer(nn.Module):
             name: self.param(f"position_{name}", nn.initializers.normal(std), shape, jnp.float32)
             for name, (shape, std) in c.position.weights(c.d_model, c.attention.n_heads).items()
         }
-        x = lookup(embed, tokens)
+        rows = embed if isinstance(embed, Weight) else self.constrain(embed, "tensor", None)
+        x = lookup(rows, tokens)
         if c.scale_embed:
             x = x * c.d_model**0.5
         x = c.position.embed(x, where.positions, position_weights)
         x = nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
-        x = self.constrain(x.astype(c.dtype))
+        x = self.constrain(x.astype(c.dtype), ROWS, None, None)
         block = Block if c.remat == "none" else nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
         layers = nn.scan(
             block,
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         )
         context = Context(where, position_weights, slots, kv_where)
         (x, cache), _ = layers((x, cache), jnp.arange(c.n_layers), context)
-        x = self.constrain(Norm(c.norm, name="norm")(x))
+        x = self.constrain(Norm(c.norm, name="norm")(x), ROWS, None, None)
         if c.tie_head:
             head = Transposed(embed)
         else:
@@ -178,10 +178,8 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     unroll = config.unroll or (config.n_layers if platform == "cpu" and config.n_layers <= 16 else 1)
 
-    def constrain(x):
-        if mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(("data", "fsdp"), None, None)))
+    def constrain(x, *axes):
+        return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(x.shape, axes, mesh))
 
     attend = flash.pick(config.attention.impl, platform=platform, mesh=mesh)
     make = partial(Transformer, config, attend, constrain, unroll)

@@ -56,7 +56,7 @@ def train_step(
         return total(objective, out, micro, n)
 
     (loss, terms), grads = reduce(_sum_over_micro(loss_fn, state.trainable, batch, n_micro))
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)

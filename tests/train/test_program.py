@@ -1,0 +1,115 @@
+"""One step on eight virtual devices, however they are arranged, has the loss and gradients of one device.
+
+Plain gradient descent with a learning rate of 1 is used, so that the change of a parameter is its gradient. What it is
+compared with is `jax.grad` of the masked mean, written here, of a model that knows of no mesh.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmx import tree
+from lmx.data import Data
+from lmx.mesh import MeshConfig
+from lmx.models import TransformerConfig, build
+from lmx.nn import AttentionConfig
+from lmx.ops.position import T5, ALiBi, RoPE
+from lmx.optim import Constant, Sgd
+from lmx.run import Run
+from lmx.train.program import batch_shapes, program
+
+B, T, V = 8, 16, 40
+DESCENT = Sgd(lr=1.0, schedule=Constant(warmup=0), momentum=0.0, clip=None)
+MODEL = TransformerConfig(
+    vocab_size=V,
+    d_model=32,
+    n_layers=2,
+    attention=AttentionConfig(n_heads=8, n_kv_heads=2),
+    init_std=0.2,
+    unroll=1,
+)
+RUN = Run(model=MODEL, data=Data(seq_len=T, batch_size=B), optim=DESCENT, steps=3)
+POSITIONS = {"rope": RoPE(), "t5": T5(n_buckets=8, max_distance=10), "alibi": ALiBi()}
+MESHES = {
+    "data": MeshConfig(8, 1, 1),
+    "fsdp": MeshConfig(1, 8, 1),
+    "tensor": MeshConfig(1, 1, 8),
+    "all": MeshConfig(2, 2, 2),
+    "pmap": MeshConfig(8, 1, 1, pmap=True),
+}
+
+
+@cache
+def packed():
+    """Rows of several segments with padding; masks are as uneven as they get: 1 token in one row, all in another."""
+    rng = np.random.default_rng(0)
+    segments, positions = np.zeros((2, B, T), np.int32)
+    for b in range(B):
+        start = 0
+        for segment, length in enumerate(rng.integers(2, 8, 3), 1):
+            here = slice(start, min(start + length, T))
+            segments[b, here] = segment
+            positions[b, here] = np.arange(here.stop - here.start)
+            start = here.stop
+    mask = (segments > 0) & (rng.random((B, T)) < 0.6)
+    mask[0], mask[1] = False, segments[1] > 0
+    mask[0, 1] = True
+    tokens, labels = rng.integers(0, V, (2, B, T)).astype(np.int32)
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": mask.astype(np.float32),
+        "positions": positions,
+        "segment_ids": segments,
+    }
+
+
+def trained_once(run):
+    """(metrics, parameters before minus parameters after) of one step from the run's seed."""
+    made = program(run, run.mesh.build())
+    state = made.init(run.seed)
+    before = jax.device_get(state.params)
+    state, metrics = made.step(state, made.place(packed()))
+    after = jax.device_get(state.params)
+    return jax.device_get(metrics), jax.tree.map(lambda a, b: a - b, before, after), before
+
+
+def plain(model, params):
+    """(loss, gradients): the mean over counted tokens of -log softmax at the label."""
+    apply, batch = build(model).apply, jax.tree.map(jnp.asarray, packed())
+
+    def loss(params):
+        logp = jax.nn.log_softmax(apply(params, batch).logits)
+        nats = -jnp.take_along_axis(logp, batch["labels"][..., None], -1)[..., 0]
+        return (nats * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+
+    return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+
+
+CASES = [
+    *(("rope", mesh, 1) for mesh in MESHES),
+    ("t5", "all", 1),
+    ("t5", "tensor", 1),
+    ("t5", "pmap", 1),
+    ("alibi", "all", 1),
+    ("rope", "all", 2),
+]
+
+
+@pytest.mark.parametrize("position, mesh, n_micro", CASES)
+def test_eight_devices_give_the_loss_and_gradients_of_one(position, mesh, n_micro):
+    model = replace(MODEL, position=POSITIONS[position])
+    metrics, change, params = trained_once(replace(RUN, model=model, mesh=MESHES[mesh], n_micro=n_micro))
+    loss, grads = plain(model, params)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    assert metrics["tokens"] == packed()["loss_mask"].sum()
+    for path, got, want in zip(tree.paths(grads), jax.tree.leaves(change), jax.tree.leaves(grads)):
+        largest = np.abs(want).max()
+        assert largest > 1e-3, path
+        np.testing.assert_allclose(got, want, atol=1e-5 * max(largest, 1), err_msg=path)
