@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from lmx.ops.attention import LOWEST, Bias, cap, check_heads
 from lmx.ops.barrier import once
+from lmx.ops.dot import dot, gram
 from lmx.ops.mask import Mask, Where
 
 
@@ -53,7 +54,7 @@ def _attend(scale, softcap, allowed, added, q, k, v):
 
 
 def _forward(scale, softcap, allowed, added, q, k, v):
-    s = cap(scale * _dot(q, k, 2, 2), softcap)
+    s = cap(scale * dot(q, k, (2,), (2,), batch=1), softcap)
     s = s.reshape(allowed.shape[0], -1, *allowed.shape[2:])  # [B, N, T, S]
     if added is not None:
         s = s + added
@@ -62,35 +63,20 @@ def _forward(scale, softcap, allowed, added, q, k, v):
     e = jnp.exp(s - top)
     share = once(jnp.where(top > LOWEST, 1 / jnp.sum(e, -1, keepdims=True), 0.0))
     p = (e * share).astype(v.dtype).reshape(q.shape[0], q.shape[1], k.shape[1])
-    out = _dot(p, v, 2, 1).astype(q.dtype)
+    out = dot(p, v, (2,), (1,), batch=1).astype(q.dtype)
     return out, (added, q, k, v, p, out)
 
 
 def _backward(scale, softcap, saved, dout):
     added, q, k, v, p, out = saved
     level = once(jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True))
-    ds = p.astype(jnp.float32) * (_dot(dout, v, 2, 2) - level)
+    ds = p.astype(jnp.float32) * (dot(dout, v, (2,), (2,), batch=1) - level)
     dadded = None if added is None else ds.reshape(added.shape)
     if softcap is not None:
-        ds = ds * (1 - jnp.square(cap(scale * _dot(q, k, 2, 2), softcap) / softcap))
+        ds = ds * (1 - jnp.square(cap(scale * dot(q, k, (2,), (2,), batch=1), softcap) / softcap))
     ds = once((scale * ds).astype(q.dtype))
-    dq, dk, dv = _dot(ds, k, 2, 1), _transposed_dot(ds, q), _transposed_dot(p, dout)
+    dq, dk, dv = dot(ds, k, (2,), (1,), batch=1), gram(ds, q, batch=1), gram(p, dout, batch=1)
     return None, dadded, dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _dot(a, b, i: int, j: int) -> Float[Array, "A M N"]:
-    """Sums a over axis i with b over axis j, for each index of their first axis; float32 sums."""
-    return jax.lax.dot_general(a, b, (((i,), (j,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-
-
-def _transposed_dot(a: Float[Array, "A M S"], b: Float[Array, "A M H"]) -> Float[Array, "A S H"]:
-    """a^T b. In 16 bits the transpose is written out first, in a form that XLA:CPU does not fold back into
-    the dot, because its fast 16-bit dot (AMX) needs the summed axis of `a` last."""
-    A, M, S = a.shape
-    if a.dtype == jnp.float32 or M % 2:
-        return _dot(a, b, 1, 1)
-    turned = a.reshape(A, M // 2, 2, S).transpose(0, 3, 1, 2).reshape(A, S, M)
-    return _dot(turned, b, 2, 1)

@@ -2,7 +2,8 @@
 
 The product is y = x w. Its gradients are dx = g w^T and dw = x^T g, each one dot with float32 accumulation.
 Weights are stored float32 and rounded here to the dtype of the activations; `dw` comes back without that
-rounding, in the dtype of `w`, while `dx` has the dtype of `x`.
+rounding, in the dtype of `w`, while `dx` has the dtype of `x`. Autodiff would
+turn dw over, which costs a CPU a quarter of the training step. `lmx.ops.dot` picks each form by platform.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
+
+from lmx.ops.dot import dot, gram
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: Float[Array, "*b K"], w: Float[Array, "K M"], dtype: str | None = None) -> Float[Array, "*b M"]:
     """x w over the last axis of `x`: inputs in x.dtype, sums in float32 or wider, result in `dtype`.
 
-    dtype: None means that of x; "float32" keeps the sums as they are. The gradient that comes back is rounded to
-      x.dtype before its two products, either way.
+    dtype: None means that of x; "float32" keeps the sums as they are. The gradient that comes back is
+      rounded to x.dtype before its two products, either way.
     Raises: ValueError if the last axis of `x` is not the first axis of `w`.
     """
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"matmul: x {x.shape} and w {w.shape} must be [..., K] and [K, M] with one K")
-    return _dot(x, w.astype(x.dtype), (x.ndim - 1,), (0,)).astype(dtype or x.dtype)
+    return dot(x, w.astype(x.dtype), (x.ndim - 1,), (0,)).astype(dtype or x.dtype)
 
 
 def _matmul_forward(x, w, dtype):
@@ -35,10 +36,8 @@ def _matmul_forward(x, w, dtype):
 def _matmul_backward(_, kept, g):
     x, w = kept
     g = g.astype(x.dtype)
-    leading = tuple(range(x.ndim - 1))
-    dx = _dot(g, w.astype(x.dtype), (g.ndim - 1,), (1,))
-    dw = _dot(x, g, leading, leading)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    dx = dot(g, w.astype(x.dtype), (g.ndim - 1,), (1,))
+    return dx.astype(x.dtype), gram(x, g).astype(w.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -56,7 +55,7 @@ def matmul_transposed(
         raise ValueError(
             f"matmul_transposed: x {x.shape} and e {e.shape} must be [..., D] and [V, D] with one D"
         )
-    return _dot(x, e.astype(x.dtype), (x.ndim - 1,), (1,)).astype(dtype or x.dtype)
+    return dot(x, e.astype(x.dtype), (x.ndim - 1,), (1,)).astype(dtype or x.dtype)
 
 
 def _matmul_transposed_forward(x, e, dtype):
@@ -66,16 +65,8 @@ def _matmul_transposed_forward(x, e, dtype):
 def _matmul_transposed_backward(_, kept, g):
     x, e = kept
     g = g.astype(x.dtype)
-    leading = tuple(range(x.ndim - 1))
-    dx = _dot(g, e.astype(x.dtype), (g.ndim - 1,), (0,))
-    de = _dot(g, x, leading, leading)
-    return dx.astype(x.dtype), de.astype(e.dtype)
+    dx = dot(g, e.astype(x.dtype), (g.ndim - 1,), (0,))
+    return dx.astype(x.dtype), gram(g, x).astype(e.dtype)
 
 
 matmul_transposed.defvjp(_matmul_transposed_forward, _matmul_transposed_backward)
-
-
-def _dot(a, b, contract_a, contract_b):
-    """Contracts the named axes; 16-bit inputs are summed in float32."""
-    sums = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
-    return lax.dot_general(a, b, ((contract_a, contract_b), ((), ())), preferred_element_type=sums)
