@@ -38,7 +38,7 @@ def dot(
 ) -> Float[Array, ...]:
     """Sums a over axes `over_a` with b over axes `over_b`, once per index of the first `batch` axes of both.
 
-    a and b have one dtype. Returns: float32 (float64 for float64): axes `batch`, then those left of a, then b.
+    a and b have one dtype. Returns: float32 (float64 for float64): axes `batch`, then those left of a and b.
     """
     together = tuple(range(batch))
     plain = functools.partial(_plain, axes=((tuple(over_a), tuple(over_b)), (together, together)))
