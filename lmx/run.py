@@ -139,6 +139,8 @@ class Experiment:
 def experiment(path: str | Path) -> Experiment:
     """Imports an experiment file: `base() -> Run`, and if it has variants, `variants() -> dict[str, Run]`.
 
+    It may import modules that lie beside it, unless installed ones have the same name.
+
     Raises: FileNotFoundError, or ValueError if the file has no base().
     """
     path = Path(path)
@@ -155,6 +157,9 @@ def experiment(path: str | Path) -> Experiment:
 
 
 def _import(path: Path) -> ModuleType:
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(f"lmx_experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

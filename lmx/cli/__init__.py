@@ -12,22 +12,42 @@
   lmx info RUN                                       what a model or this machine is
   lmx explain ARTIFACT                               ancestry, from raw text to model
 
-`lmx VERB --help` teaches each by example.
+`lmx VERB --help` teaches each by example. LMX_CACHE is the folder of prepared data and compiled programs;
+with LMX_TRACE=1 an error shows where it arose.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
+import re
 import sys
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 VERBS = ("quickstart", "train", "sweep", "eval", "generate", "tokenizer", "plan", "report", "info", "explain")
+MOST = 1200
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one verb. A user's mistake ends with one line and status 2; LMX_TRACE=1 shows where it arose."""
+    """Runs one verb. A user's mistake ends with one line and status 2, a bug with its traceback.
+
+    LMX_TRACE=1 shows where a mistake arose. Ctrl-C ends with status 130.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        _dispatch(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(__doc__)
         return
@@ -38,30 +58,84 @@ def main(argv: list[str] | None = None) -> None:
         return
     verb = argv[0]
     if verb not in VERBS:
-        fail(f"no verb {verb!r}; there are {', '.join(VERBS)}")
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        fail(
+            f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
+        )
     _settle_platform()
     try:
-        importlib.import_module(f"lmx.cli.{verb}").main(argv[1:])
-    except KeyboardInterrupt:
-        fail(f"{verb}: stopped; repeat the command to go on from the last checkpoint", status=130)
+        with _plain_warnings():
+            importlib.import_module(f"lmx.cli.{verb}").main(argv[1:])
+    except KeyboardInterrupt as stop:
+        fail(f"{verb}: {str(stop) or 'stopped; repeat the command to go on'}", status=130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if os.environ.get("LMX_TRACE"):
+        if os.environ.get("LMX_TRACE") or isinstance(error, NotImplementedError | RecursionError):
             raise
-        fail(f"{verb}: {error}")
+        fail(f"{verb}: {_sentence(error)}")
 
 
-def fail(message: str, status: int = 2) -> None:
-    print(f"lmx {message}", file=sys.stderr)
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Ends the program with one line on standard error."""
+    print(f"lmx {one_line(message, MOST)}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def one_line(text: str, most: int) -> str:
+    """`text` without line breaks, and without its middle if it is longer than `most` characters.
+
+    >>> one_line("a\\n  b", 10), one_line("0123456789", 7)
+    ('a; b', '01 … 89')
+    """
+    text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+
+
+def step_of(run: Path, asked: str) -> int:
+    """The step that "latest", "best" or a number means in a run's folder.
+
+    Raises: FileNotFoundError if there is no such checkpoint; ValueError for another word.
+    """
+    from lmx.train import checkpoint
+
+    folder = run / checkpoint.FOLDER
+    found = {
+        "latest": lambda: max(checkpoint.steps(folder), default=None),
+        "best": lambda: checkpoint.best_step(folder),
+    }
+    if asked not in found and not asked.isdecimal():
+        raise ValueError(f"--step {asked}: give latest, best or a number")
+    step = found[asked]() if asked in found else int(asked)
+    if step not in checkpoint.steps(folder):
+        raise FileNotFoundError(
+            f"{run}: no checkpoint for --step {asked}; there are {checkpoint.steps(folder)}"
+        )
+    return step
+
+
+def folder_name(variant: str, tiny: bool, changes: dict[str, str]) -> str:
+    """The name of the folder for a variant with changed settings; long or odd values end in a hash.
+
+    >>> folder_name("alibi", True, {"optim.lr": "3e-4"})
+    'alibi-tiny-lr=3e-4'
+    """
+    words = [variant.replace("/", "_"), *(["tiny"] if tiny else [])]
+    for path, text in changes.items():
+        asked = f"{path.split('.')[-1]}={text}"
+        name = re.sub(r"[\s\"'(){}\[\]<>|:*?/\\,;&$!`]+", "_", asked)[:40]
+        words.append(name if name == asked else f"{name}-{zlib.crc32(asked.encode()) & 0xFFFFFF:06x}")
+    return "-".join(words)
 
 
 def options(kind: type, argv: list[str], doc: str, prog: str):
     """Reads a dataclass of options from the command line; the module's docstring is the help."""
     import tyro
 
-    return tyro.cli(kind, args=argv, description=doc, prog=f"lmx {prog}", config=(tyro.conf.FlagCreatePairsOff,))
+    return tyro.cli(
+        kind, args=argv, description=doc, prog=f"lmx {prog}", config=(tyro.conf.FlagCreatePairsOff,)
+    )
 
 
 def changes(settings: list[str]) -> dict[str, str]:
@@ -70,6 +144,23 @@ def changes(settings: list[str]) -> dict[str, str]:
         if "=" not in setting:
             raise ValueError(f"--set {setting}: write --set path.to.field=value, such as --set optim.lr=3e-4")
     return dict(setting.split("=", 1) for setting in settings)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings in one line, without the source line that gave them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: f"warning: {one_line(str(message), MOST)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _settle_platform() -> None:

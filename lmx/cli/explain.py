@@ -1,5 +1,7 @@
 """Prints where an artifact came from: its whole ancestry, from the raw text to the model.
 
+Whatever of it is still in its place is compared with the hash it had then.
+
   lmx explain runs/quickstart/english/checkpoints/400
   lmx explain runs/quickstart/tokenizer.json
 """

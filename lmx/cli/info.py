@@ -1,5 +1,7 @@
 """Says what a trained run, a preset or this machine is.
 
+Nothing is trained or loaded; shapes are enough.
+
   lmx info                          this machine: jax, devices, packages
   lmx info runs/quickstart/model    a run: parameters, memory, FLOPs, tokenizer, how far it is trained
   lmx info --preset 1b              a model shape known by name
@@ -66,7 +68,8 @@ def _run(folder: Path) -> dict[str, str]:
     steps = checkpoint.steps(folder / checkpoint.FOLDER)
     rows = {"run": str(folder)} | _model(run.model, run.data.seq_len)
     rows["tokenizer"] = f"{run.data.tokenizer}"
-    rows["trained"] = f"{max(steps, default=0)} of {run.steps} steps of {run.data.batch_size} x {run.data.seq_len} tokens"
+    batch = f"{run.data.batch_size} x {run.data.seq_len} tokens"
+    rows["trained"] = f"{max(steps, default=0)} of {run.steps} steps of {batch}"
     rows["checkpoints"] = f"{steps}, best {checkpoint.best_step(folder / checkpoint.FOLDER)}"
     return rows
 

@@ -1,5 +1,7 @@
 """Writes one HTML page about a run or a sweep, from the files in its folder.
 
+The page needs nothing beside it. A run in progress can be looked at.
+
   lmx report runs/shakespeare_char/base
   lmx report runs/positions/sweep --out positions.html
 """

@@ -35,6 +35,7 @@ class Options:
     tiny: bool = False
     """Shrinks every run to CPU minutes."""
     metric: str = "valid/loss"
+    """What the table and the plot compare."""
 
 
 def main(argv: list[str]) -> None:
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
     from lmx.report import sweep_report
     from lmx.report.sweeps import sweep_text
     from lmx.train.live import Live
+    from lmx.train.standard import finished
     from lmx.train.standard import run as run_standard
 
     if asked.seeds < 1:
@@ -56,17 +58,28 @@ def main(argv: list[str]) -> None:
     for name in names:
         run = experiment.variant(name)
         chosen[name] = (run.tiny() if asked.tiny else run).override(changes)
-    folder = "-".join(["sweep", *(["tiny"] if asked.tiny else []), *(f"{k.split('.')[-1]}={v}" for k, v in changes.items())])
-    out = asked.out or Path("runs", experiment.name, folder.replace("/", "_"))
+    out = asked.out or Path("runs", experiment.name, cli.folder_name("sweep", asked.tiny, changes))
     total = len(chosen) * asked.seeds
 
     def train(run, folder: Path):
-        print(f"{folder.relative_to(out)}", flush=True)
-        run_standard(training.session(run), folder, sinks=[Live(run.steps)], source=experiment.path)
+        session = training.session(run)
+        if finished(session, folder):
+            return
+        sinks = [Live(run.steps, title=str(folder.relative_to(out)))]
+        base = experiment.runs["base"]
+        result = run_standard(session, folder, sinks=sinks, source=experiment.path, base=base)
+        if result.interrupted:
+            raise KeyboardInterrupt(f"saved step {result.step} of {folder}; repeat the command to go on")
 
+    failed = []
     for i, cell in enumerate(sweeps.sweep(chosen, range(asked.seeds), out, train, asked.metric), 1):
-        print(f"[{i}/{total}] {cell.path}: {cell.status} {cell.error}".rstrip(), flush=True)
+        problem = cli.one_line(cell.error, cli.MOST)
+        print(f"[{i}/{total}] {cell.path}: {cell.status} {problem}".rstrip(), flush=True)
+        failed += [cell.path] if cell.status == "failed" else []
     page = out / "report.html"
     page.write_text(sweep_report(out), encoding="utf-8")
     print(sweep_text(out))
     print(f"report {page}")
+    if failed:
+        again = "repeat the command to try them again"
+        cli.fail(f"sweep: {len(failed)} of {total} runs failed: {', '.join(failed)}; {again}")

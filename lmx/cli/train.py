@@ -1,9 +1,11 @@
 """Trains the run of an experiment file.
 
-Repeat a command to go on where it stopped: a run resumes from its newest checkpoint, bit for bit.
+Ctrl-C saves the step at hand. Repeat a command to go on where it stopped: a run resumes from its newest
+checkpoint, bit for bit. A run that is complete is left as it is.
 
   lmx train experiments/shakespeare_char.py
   lmx train experiments/positions.py --variant alibi --set seed=1 --set optim.lr=3e-4
+  lmx train FILE --set 'data.train=("a.txt", "b/*.jsonl.zst")' --set 'model.position=RoPE(theta=5e5)'
   lmx train experiments/positions.py --tiny                  any run in CPU minutes
   lmx train experiments/shakespeare_char.py --show           the resolved run, without training
   lmx train FILE --set mesh.fsdp=4 --set mesh.data=-1        on a mesh; --distributed on several hosts
@@ -11,6 +13,7 @@ Repeat a command to go on where it stopped: a run resumes from its newest checkp
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -55,36 +58,69 @@ def main(argv: list[str]) -> None:
     if asked.show:
         print(values.show(run))
         return
-    out = asked.out or Path("runs", experiment.name, "-".join([asked.variant, *(["tiny"] if asked.tiny else []), *_name(changes)]))
-    train(run, out, asked.file, tensorboard=asked.tensorboard, wandb=asked.wandb, distributed=asked.distributed)
+    out = asked.out or Path("runs", experiment.name, cli.folder_name(asked.variant, asked.tiny, changes))
+    more = {"tensorboard": asked.tensorboard, "wandb": asked.wandb, "distributed": asked.distributed}
+    train(experiment, run, out, **more)
 
 
-def train(run, out: Path, source: Path | None, *, tensorboard=False, wandb=None, distributed=False) -> None:
-    """Trains with the live display, then writes and names the report."""
+def train(experiment, run, out: Path, *, tensorboard=False, wandb=None, distributed=False) -> None:
+    """Trains with the live display, then writes and names the report.
+
+    Raises: KeyboardInterrupt, after a checkpoint, if it was asked to stop.
+    """
     import jax
 
     if distributed:
         jax.distributed.initialize()
     from lmx import train as training
-    from lmx.report import run_report
-    from lmx.train.live import Live
-    from lmx.train.metrics import TensorBoard, Wandb
+    from lmx.cli.progress import Progress
+    from lmx.train.standard import finished
     from lmx.train.standard import run as run_standard
 
-    session = training.session(run)
-    sinks = [Live(run.steps)] if jax.process_index() == 0 else []
+    first = jax.process_index() == 0
+    with Progress() as progress:
+        session = training.session(run, progress=progress if first else None)
+    if finished(session, out):
+        if first:
+            print(f"{out} is complete at step {run.steps}; nothing to do. To train anew, give another --out")
+        return
+    sinks = _sinks(run, out, tensorboard, wandb) if first else []
+    result = run_standard(session, out, sinks=sinks, source=experiment.path, base=experiment.runs["base"])
+    page = _report(out) if first else None
+    if result.interrupted:
+        saved = f"saved step {result.step} of {run.steps} in {out}"
+        raise KeyboardInterrupt(f"{saved}; repeat the command to go on")
+    if first:
+        valid = result.metrics.get("valid/loss")
+        held_out = f", held out {valid:.4f}" if valid is not None else ""
+        named = f"; report {page}" if page else ""
+        print(f"{out}: {result.step} steps, loss {result.metrics['loss']:.4f}{held_out}{named}")
+
+
+def _sinks(run, out: Path, tensorboard: bool, wandb: str | None) -> list:
+    from lmx import artifact, values
+    from lmx.train.live import Live
+    from lmx.train.metrics import TensorBoard, Wandb
+
+    sinks = [Live(run.steps, title=str(out))]
     if tensorboard:
         sinks.append(TensorBoard(out / "tensorboard"))
     if wandb:
-        sinks.append(Wandb(wandb, name=str(out)))
-    result = run_standard(session, out, sinks=sinks, source=source)
-    if jax.process_index() == 0:
-        page = out / "report.html"
+        run_id = artifact.hash_text(str(out.resolve()))[:16]
+        sinks.append(Wandb(wandb, name=str(out), config=values.leaves(run), run_id=run_id))
+    return sinks
+
+
+def _report(out: Path) -> Path | None:
+    """Writes the page. Whatever fails here is said, and takes nothing from the run, which is on disk."""
+    from lmx.report import run_report
+
+    page = out / "report.html"
+    try:
         page.write_text(run_report(out), encoding="utf-8")
-        state = "stopped at" if result.interrupted else "done:"
-        valid = result.metrics.get("valid/loss", result.metrics.get("loss", float("nan")))
-        print(f"{state} step {result.step}, loss {valid:.4f}; report {page}")
-
-
-def _name(changes: dict[str, str]) -> list[str]:
-    return [f"{path.split('.')[-1]}={text}".replace("/", "_") for path, text in changes.items()]
+    except Exception as error:
+        problem = cli.one_line(f"{type(error).__name__}: {error}", cli.MOST)
+        print(f"the run is whole, but its report failed: {problem}", file=sys.stderr)
+        print(f"try again: lmx report {out}", file=sys.stderr)
+        return None
+    return page

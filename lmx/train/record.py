@@ -18,12 +18,16 @@ import lmx
 from lmx import values
 
 PACKAGES = ("lmx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "libtpu")
+MOST = 200
 
 
-def record(out: Path, run: Any, prepared: Any, devices: list, source: Path | None = None) -> None:
-    """Writes run.txt, tokenizer.json, environment.json, data.json, and if there are any source.py and uncommitted.diff.
+def record(
+    out: Path, run: Any, prepared: Any, devices: list, source: Path | None = None, base: Any = None
+) -> None:
+    """Writes run.txt, tokenizer.json, environment.json, data.json, and if there are any overrides.json,
+    source.py and uncommitted.diff.
 
-    source: the experiment file that made the run.
+    source: the experiment file that made the run. base: the run it varies, for overrides.json.
     """
     (out / "run.txt").write_text(values.show(run) + "\n", encoding="utf-8")
     prepared.tokenizer.save(out / "tokenizer.json")
@@ -41,6 +45,9 @@ def record(out: Path, run: Any, prepared: Any, devices: list, source: Path | Non
     }
     _json(out / "environment.json", environment)
     _json(out / "data.json", {"train": prepared.train.fingerprint, "tokenizer": prepared.tokenizer.hash, "seed": run.seed})
+    if base is not None:
+        changed = {k: v for k, v in values.diff(base, run).items() if k != "model.vocab_size"}
+        _json(out / "overrides.json", {path: [_short(a), _short(b)] for path, (a, b) in changed.items()})
     change = _git(repository, "diff", "HEAD")
     if change:
         (out / "uncommitted.diff").write_text(change + "\n", encoding="utf-8")
@@ -50,6 +57,13 @@ def record(out: Path, run: Any, prepared: Any, devices: list, source: Path | Non
 
 def _json(path: Path, found: dict) -> None:
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _short(setting: Any) -> Any:
+    """The setting, without the middle of a long text."""
+    if isinstance(setting, str) and len(setting) > MOST:
+        return f"{setting[: MOST // 2]} … {setting[-MOST // 2 :]}"
+    return setting
 
 
 def version(name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -15,13 +16,15 @@ from jax.experimental import multihost_utils
 
 from lmx import artifact, models, values
 from lmx.optim import lr_at
-from lmx.train.checkpoint import FOLDER, Checkpoints
+from lmx.train import stored
+from lmx.train.checkpoint import FOLDER, Checkpoints, steps
 from lmx.train.loop import Session, to_host
 from lmx.train.metrics import JsonLines, Meter, Sink
 from lmx.train.record import record
 from lmx.train.state import State
 
 RESUMABLE = ("mesh", "eval_every", "eval_batches", "eval_lengths", "save_every", "keep", "max_skips")
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Diverged(RuntimeError):
@@ -39,14 +42,22 @@ class Result:
     state: State
 
 
-def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source: Path | None = None) -> Result:
+def run(
+    session: Session,
+    out: str | Path,
+    *,
+    sinks: Iterable[Sink] = (),
+    source: Path | None = None,
+    base: Any = None,
+) -> Result:
     """Trains to the end, from the newest checkpoint in `out` if there is one.
 
-    Writes into `out`: what `record` says, metrics.jsonl with one line per step, and checkpoints/. SIGTERM saves the
-    step at hand and returns.
+    Writes into `out`: what `record` says, metrics.jsonl with one line per step, and checkpoints/. SIGTERM, or a
+    first Ctrl-C, saves the step at hand and returns; a second Ctrl-C raises KeyboardInterrupt at once.
     Args:
       sinks: further places for metrics, such as the live display; `out` has metrics.jsonl without being asked.
       source: the experiment file, copied beside the results.
+      base: the run that this one varies; what differs is written beside the results.
     A checkpoint that cannot be written, but for the last, is a warning: training goes on and the next one is tried.
     Raises: ValueError if `out` holds another run; OSError if it cannot be written; Diverged after `max_skips` updates in a row that are not finite.
     """
@@ -58,7 +69,7 @@ def run(session: Session, out: str | Path, *, sinks: Iterable[Sink] = (), source
     first = jax.process_index() == 0
     log: list[Sink] = []
     if first:
-        record(out, plan, prepared, list(session.program.mesh.devices.flat), source)
+        record(out, plan, prepared, list(session.program.mesh.devices.flat), source, base)
         log = [JsonLines(out / "metrics.jsonl"), *sinks]
         for sink in log:
             sink.rewind(start)
@@ -129,14 +140,30 @@ def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State
     if checkpoints.latest() is None:
         return session.init(), 0
     state, meta = checkpoints.restore(session.program.shapes)
+    _check_same(session, meta, out)
+    return state, int(state.step)
+
+
+def finished(session: Session, out: str | Path) -> bool:
+    """Whether the newest checkpoint in `out` is the end of this run.
+
+    Raises: ValueError if it is the end of another run.
+    """
+    newest = max(steps(Path(out) / FOLDER), default=None)
+    if newest != session.run.steps or stored.damage(Path(out) / FOLDER / str(newest)):
+        return False
+    _check_same(session, stored.about(Path(out) / FOLDER / str(newest))["meta"], Path(out))
+    return True
+
+
+def _check_same(session: Session, meta: dict, out: Path) -> None:
     saved = values.parse(meta["run"], type(session.run), str(out))
     changed = {k: v for k, v in values.diff(saved, session.run).items() if k.split(".")[0] not in RESUMABLE}
     if changed:
-        listed = "; ".join(f"{path}: {old!r} there, {new!r} asked" for path, (old, new) in changed.items())
+        listed = "; ".join(f"{path}: {a!r:.99} there, {b!r:.99} asked" for path, (a, b) in changed.items())
         raise ValueError(f"{out} holds another run ({listed}); choose another folder or the same settings")
     if meta["data"]["fingerprint"] != session.prepared.train.fingerprint:
         raise ValueError(f"{out}: its data has changed since it was started; choose another folder")
-    return state, int(state.step)
 
 
 def _diverged(step: int, plan: Any, checkpoints: Checkpoints) -> str:
@@ -149,18 +176,25 @@ def _diverged(step: int, plan: Any, checkpoints: Checkpoints) -> str:
 
 @contextmanager
 def _stop_signal() -> Iterator:
-    """Gives a function step -> whether to stop there, as SIGTERM has arrived in any process.
+    """Gives a function step -> whether to stop there, as SIGTERM or Ctrl-C has arrived in any process.
 
-    With several processes jax's preemption service takes the signal and picks a step that none has passed yet.
+    With several processes jax's preemption service takes SIGTERM and picks a step that none has passed yet.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
     seen = threading.Event()
+
+    def stop(number, frame):
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+            os.write(2, b"\nsaving this step; Ctrl-C again stops without it\n")
+        seen.set()
+
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: seen.set()) if main else None
+    before = {number: signal.signal(number, stop) for number in STOPPING if main}
     try:
         yield lambda step: seen.is_set()
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,66 @@
+"""How far a long reading of text has come: in place on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TextIO
+
+
+class Progress:
+    """Call it as progress(stage, bytes done, bytes in all or None); silent while a stage is short.
+
+    On a terminal it keeps one line up to date and removes it at the end.
+    """
+
+    def __init__(self, file: TextIO | None = None, quiet_seconds: float = 1.0, every_seconds: float = 10.0):
+        self._file = file or sys.stderr
+        self._in_place = self._file.isatty()
+        self._quiet, self._every = quiet_seconds, 0.2 if self._in_place else every_seconds
+        self._stage, self._began, self._shown_at, self._width = "", 0.0, 0.0, 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self._clear()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._clear()
+            self._stage, self._began, self._shown_at = stage, now, now + self._quiet - self._every
+        if now - self._shown_at < self._every:
+            return
+        self._shown_at = now
+        share = f" of {_size(total)} ({100 * done / total:.0f} %)" if total else ""
+        line = f"{stage}: {_size(done)}{share}, {_size(done / max(now - self._began, 1e-9))}/s"
+        if self._in_place:
+            self._file.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            self._file.write(line + "\n")
+        self._file.flush()
+
+    def watch(self, documents: Iterable[dict], stage: str, total: int | None) -> Iterator[dict]:
+        """The same documents, their text counted."""
+        done = 0
+        for document in documents:
+            done += len(document["text"].encode("utf-8"))
+            self(stage, done, total)
+            yield document
+
+    def _clear(self) -> None:
+        if self._in_place and self._width:
+            self._file.write("\r" + " " * self._width + "\r")
+            self._file.flush()
+            self._width = 0
+
+
+def _size(n: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError
