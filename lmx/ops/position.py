@@ -18,8 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lmx.ops.barrier import once
-
 Weights = dict[str, Array]
 
 
@@ -238,7 +236,7 @@ class RoPE(Position):
             )
         angle = _angles(positions, self.scaling.frequencies(self.theta, d))[:, :, None]
         m = self.scaling.magnitude()
-        cos, sin = once((m * jnp.cos(angle), m * jnp.sin(angle)))
+        cos, sin = m * jnp.cos(angle), m * jnp.sin(angle)
         x1, x2, rest = jnp.split(x, [d // 2, d], -1)
         a, b = x1.astype(jnp.float32), x2.astype(jnp.float32)
         turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

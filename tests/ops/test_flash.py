@@ -319,12 +319,12 @@ def test_a_named_path_leaves_cache_steps_to_the_reference():
 # ------------------------------------------------ lowered for machines that are not here
 
 
-def training_program(platform, mesh=None, impl="auto"):
+def training_program(platform, mesh=None, impl="auto", mask=CAUSAL, softcap=20.0):
     attend = pick(impl, platform=platform, mesh=mesh)
 
     def loss(q, k, v, positions, segment_ids):
         where = Where(positions, segment_ids)
-        out = attend(q, k, v, q_where=where, k_where=where, mask=CAUSAL, softcap=20.0)
+        out = attend(q, k, v, q_where=where, k_where=where, mask=mask, softcap=softcap)
         return out.astype(jnp.float32).sum()
 
     return jax.jit(jax.grad(loss, (0, 1, 2)))
@@ -353,6 +353,35 @@ def test_tpu_program_calls_the_kernels():
 def test_other_paths_lower_without_barriers(impl, platform):
     program = jax.export.export(training_program(platform, impl=impl), platforms=[platform])(*abstract())
     assert "optimization_barrier" not in program.mlir_module()
+
+
+@pytest.mark.parametrize(
+    "mask, kind, window",
+    [
+        (CAUSAL, "CAUSAL", 0),
+        (SlidingWindow(50) & SameSegment(), "CAUSAL", 50),
+        (PrefixLM(5) & SameSegment(), "NO_MASK", 0),
+    ],
+)
+def test_cuda_program_calls_cudnn(mask, kind, window):
+    """Lowered for CUDA where jax's CUDA packages are installed, with or without a GPU."""
+    names = ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward")
+    known = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    lower = jax.export.export(
+        training_program("gpu", impl="cudnn", mask=mask, softcap=None),
+        platforms=["cuda"],
+        disabled_checks=known,
+    )
+    try:
+        program = lower(*abstract()).mlir_module()
+    except RuntimeError as error:
+        if "cuDNN is not detected" in str(error):
+            pytest.skip("jax[cuda] is not installed")
+        raise
+    config = program.replace("\\22", '"')
+    assert all(f"@{name}(" in program for name in names)
+    assert config.count(f'"mask_type": "{kind}"') == 2
+    assert config.count(f'"sliding_window_length": {window}') == 2
 
 
 @pytest.mark.parametrize("dtype, H", [("bfloat16", 64), ("bfloat16", 128), ("float32", 64)])
