@@ -9,31 +9,20 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any
 
+import numpy as np
 
-def show(value: Any, width: int = 100, indent: int = 0) -> str:
-    """The `repr` of a value, broken over lines where it is wider than `width` characters."""
-    flat = repr(value)
-    if len(flat) + indent <= width:
-        return flat
-    pad = " " * (indent + 4)
-    if dataclasses.is_dataclass(value):
-        items = [f"{f.name}={show(getattr(value, f.name), width, indent + 4)}" for f in dataclasses.fields(value)]
-        opening, closing = f"{type(value).__name__}(", ")"
-    elif isinstance(value, dict):
-        items = [f"{k!r}: {show(v, width, indent + 4)}" for k, v in value.items()]
-        opening, closing = "{", "}"
-    elif isinstance(value, tuple):
-        items = [show(v, width, indent + 4) for v in value]
-        opening, closing = "(", ",)" if len(value) == 1 else ")"
-        if len(value) == 1:
-            return f"(\n{pad}{items[0]},\n{' ' * indent})"
-    else:
-        return flat
-    return opening + "".join(f"\n{pad}{item}," for item in items) + f"\n{' ' * indent}{closing}"
+
+def show(value: Any, width: int = 100) -> str:
+    """The text that `parse` reads back: the `repr` of a value, broken over lines if wider than `width`.
+
+    A class is named without the scope it was defined in; numpy numbers are plain numbers, lists are tuples.
+    """
+    return _show(value, width, 0, 0)
 
 
 def parse(text: str, kind: Any, where: str = "value") -> Any:
@@ -42,34 +31,31 @@ def parse(text: str, kind: Any, where: str = "value") -> Any:
     >>> parse("3e-4", float), parse("none", str | None), parse("(1, 2)", tuple[int, ...])
     (0.0003, None, (1, 2))
 
+    Where the type admits a string, text that reads as nothing else is that string; quotes are not needed.
     Raises: ValueError naming `where`, the text, and what would be accepted.
     """
     words = text.strip()
-    if _admits(kind, str) and not (words[:1] in "'\"" and words[-1:] == words[:1] and len(words) > 1):
-        if _admits(kind, type(None)) and words.lower() == "none":
-            return None
-        if not _classes(kind) and not _admits(kind, int) and not _admits(kind, float):
-            return words
     if words.lower() in ("true", "false", "none"):
         words = words.capitalize()
-    try:
-        node = ast.parse(words, mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        if _admits(kind, str):
-            return words
-        raise ValueError(f"{where}: cannot read {text!r} as {_name(kind)}") from None
-    if isinstance(node, ast.Name) and _admits(kind, str) and node.id not in {c.__name__ for c in _classes(kind)}:
-        return words
-    return _build(node, kind, where)
+    plain = _admits(kind, str) and not (len(words) > 1 and words[0] == words[-1] and words[0] in "'\"")
+    if plain and not (words == "None" and _admits(kind, type(None))) and not _reads_otherwise(words, kind):
+        return text.strip()
+    node = _parsed(words)
+    if node is not None:
+        try:
+            return _build(node, kind, where)
+        except RecursionError:
+            pass
+    raise ValueError(f"{where}: cannot read {_short(text)!r} as {_name(kind)}")
 
 
 def override(value: Any, changes: dict[str, str]) -> Any:
-    """`value` with fields replaced by text: `override(run, {"optim.lr": "3e-4", "model.position": "ALiBi()"})`.
+    """`value` with fields replaced by text: `override(run, {"optim.lr": "3e-4", "model.unroll": "none"})`.
 
     Raises: ValueError for an unknown path, naming the nearest ones, or for text of the wrong type.
     """
     for path, text in changes.items():
-        value = _override(value, path.split("."), text, path, value)
+        value = _override(value, type(value), path.split("."), text, path, value)
     return value
 
 
@@ -85,7 +71,7 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
         found = {prefix: type(value).__name__} if prefix else {}
     elif isinstance(value, dict):
         children, found = value, {}
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         children, found = {str(i): v for i, v in enumerate(value)}, {}
     else:
         return {prefix: value}
@@ -110,38 +96,72 @@ def fields_of(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def _override(value: Any, path: list[str], text: str, full: str, root: Any) -> Any:
+def _show(value: Any, width: float, indent: int, beside: int) -> str:
+    """beside: characters that stand on the first line beside the value, its indentation included."""
+    opening, items, closing = _pieces(value)
+    if items is None:
+        return opening
+    flat = opening + ", ".join(name + _show(item, math.inf, 0, 0) for name, item in items)
+    flat += "," * (opening == "(" and len(items) == 1) + closing
+    if len(flat) + beside <= width:
+        return flat
+    inner = indent + 4
+    shown = (f"{' ' * inner}{n}{_show(item, width, inner, inner + len(n) + 1)},\n" for n, item in items)
+    return f"{opening}\n{''.join(shown)}{' ' * indent}{closing}"
+
+
+def _pieces(value: Any) -> tuple[str, list[tuple[str, Any]] | None, str]:
+    """(opening, [(name and sign, item)], closing) of a container; (text, None, "") of anything else."""
+    if dataclasses.is_dataclass(value):
+        items = [(f"{f.name}=", getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
+        return f"{type(value).__name__}(", items, ")"
+    if isinstance(value, dict):
+        return "{", [(f"{key!r}: ", item) for key, item in value.items()], "}"
+    if isinstance(value, tuple | list):
+        return "(", [("", item) for item in value], ")"
+    return repr(value.item() if isinstance(value, np.generic) else value), None, ""
+
+
+def _override(value: Any, kind: Any, path: list[str], text: str, full: str, root: Any) -> Any:
+    if not path:
+        return parse(text, kind, full)
     head, *rest = path
     if dataclasses.is_dataclass(value):
         kinds = fields_of(type(value))
-        if head not in kinds:
-            _unknown(full, root)
-        if not rest:
-            return dataclasses.replace(value, **{head: parse(text, kinds[head], full)})
-        child = getattr(value, head)
-        if not isinstance(child, dict | tuple) and not dataclasses.is_dataclass(child):
-            _unknown(full, root)
-        return dataclasses.replace(value, **{head: _override(child, rest, text, full, root)})
+        if head in kinds:
+            new = _override(getattr(value, head), kinds[head], rest, text, full, root)
+            return dataclasses.replace(value, **{head: new})
     if isinstance(value, dict) and head in value:
-        new = _override(value[head], rest, text, full, root) if rest else parse(text, type(value[head]), full)
-        return value | {head: new}
-    if isinstance(value, tuple) and head.isdigit() and int(head) < len(value):
+        return value | {head: _override(value[head], _within(kind, dict, 1), rest, text, full, root)}
+    if isinstance(value, tuple | list) and head.isdecimal() and int(head) < len(value):
         i = int(head)
-        new = _override(value[i], rest, text, full, root) if rest else parse(text, type(value[i]), full)
+        new = _override(value[i], _within(kind, tuple, i), rest, text, full, root)
         return (*value[:i], new, *value[i + 1 :])
     _unknown(full, root)
+
+
+def _within(kind: Any, container: type, i: int) -> Any:
+    """The declared type of item i of a tuple, or of the values (i = 1) of a dict."""
+    for option in _options(kind):
+        args = typing.get_args(option)
+        if typing.get_origin(option) is container and args:
+            return args[0] if args[-1] is Ellipsis else args[i]
+    return Any
 
 
 def _unknown(path: str, root: Any) -> None:
     known = list(leaves(root))
     last = path.split(".")[-1]
-    near = [p for p in known if p.split(".")[-1] == last] or difflib.get_close_matches(path, known, n=3, cutoff=0.4)
-    near = near or difflib.get_close_matches(last, known, n=3, cutoff=0.3) or known[:5]
+    near = [p for p in known if p.split(".")[-1] == last]
+    near = near or difflib.get_close_matches(path, known, n=3, cutoff=0.4)
+    near = near or difflib.get_close_matches(last, known, n=3, cutoff=0.3) or known
     raise ValueError(f"no setting {path!r}; did you mean {' or '.join(near[:3])}?")
 
 
 def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind)).replace("typing.", "")
+    if typing.get_origin(kind) is None and isinstance(kind, type):
+        return kind.__name__
+    return str(kind).replace("typing.", "")
 
 
 def _options(kind: Any) -> tuple:
@@ -169,66 +189,116 @@ def _classes(kind: Any) -> list[type]:
     return found
 
 
+def _reads_otherwise(words: str, kind: Any) -> bool:
+    """Whether text that may be a string is rather a number, container or class that the type also admits."""
+    others = [option for option in _options(kind) if option not in (str, type(None))]
+    called = words.partition("(")[0].strip()
+    if called in {cls.__name__ for cls in _classes(kind)}:
+        return True
+    node = _parsed(words)
+    return node is not None and any(_fits(node, option) for option in others)
+
+
+def _parsed(words: str) -> ast.expr | None:
+    try:
+        return ast.parse(words, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+
+
+def _fits(node: ast.expr, kind: Any) -> bool:
+    try:
+        _build(node, kind, "")
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _build(node: ast.expr, kind: Any, where: str) -> Any:
+    if _admits(kind, float) and ast.unparse(node) in ("inf", "-inf", "nan"):
+        return float(ast.unparse(node))
     if isinstance(node, ast.Call | ast.Name):
         return _build_call(node, kind, where)
     problem = None
     for option in _options(kind):
         origin, args = typing.get_origin(option), typing.get_args(option)
-        if isinstance(node, ast.Tuple | ast.List) and (option is tuple or origin is tuple):
+        if isinstance(node, ast.Tuple | ast.List) and (option in (tuple, Any) or origin is tuple):
             if not args:
                 args = (Any, ...)
             each = [args[0]] * len(node.elts) if args[-1] is Ellipsis else list(args)
             if len(each) == len(node.elts):
                 return tuple(_build(e, k, f"{where}.{i}") for i, (e, k) in enumerate(zip(node.elts, each)))
             problem = f"{where}: expected {len(each)} items, got {len(node.elts)}"
-        elif isinstance(node, ast.Dict) and (option is dict or origin is dict):
-            inner = args[1] if args else Any
-            keys = [_literal(k, where) for k in node.keys]
-            return {k: _build(v, inner, f"{where}.{k}") for k, v in zip(keys, node.values)}
-    if isinstance(node, ast.Tuple | ast.List | ast.Dict) and kind is not Any:
-        raise ValueError(problem or f"{where}: {ast.unparse(node)} is not {_name(kind)}")
+        elif isinstance(node, ast.Dict) and (option in (dict, Any) or origin is dict):
+            of_key, of_value = args or (Any, Any)
+            keys = [_scalar(_literal(k, where), of_key, where) for k in node.keys]
+            return {k: _build(v, of_value, f"{where}.{k}") for k, v in zip(keys, node.values)}
+    if isinstance(node, ast.Tuple | ast.List | ast.Dict):
+        raise ValueError(problem or f"{where}: {_text(node)} is not {_name(kind)}")
     return _scalar(_literal(node, where), kind, where)
 
 
 def _build_call(node: ast.Call | ast.Name, kind: Any, where: str) -> Any:
     name = node.func if isinstance(node, ast.Call) else node
     if not isinstance(name, ast.Name):
-        raise ValueError(f"{where}: {ast.unparse(node)} is not a value; write a class name and its settings")
-    candidates = {cls.__name__: cls for cls in _classes(kind)}
-    if name.id not in candidates:
-        choices = ", ".join(sorted(candidates)) or _name(kind)
-        raise ValueError(f"{where}: {ast.unparse(node)!r} is not one of {choices}")
-    cls = candidates[name.id]
-    if isinstance(node, ast.Name):
-        return cls()
+        raise ValueError(f"{where}: {_text(node)} is not a value; write a class name and its settings")
+    candidates = [cls for cls in _classes(kind) if cls.__name__ == name.id]
+    if not candidates:
+        choices = ", ".join(sorted({cls.__name__ for cls in _classes(kind)})) or _name(kind)
+        raise ValueError(f"{where}: {_text(node)!r} is not one of {choices}")
+    cls = candidates[-1]
+    if any((c.__module__, c.__qualname__) != (cls.__module__, cls.__qualname__) for c in candidates):
+        homes = " and ".join(sorted({c.__module__ for c in candidates}))
+        raise ValueError(f"{where}: {name.id} is defined in {homes}; rename one of them")
     kinds = fields_of(cls)
     given = {}
-    for field_name, arg in zip(kinds, node.args):
-        given[field_name] = _build(arg, kinds[field_name], f"{where}.{field_name}")
-    for keyword in node.keywords:
-        if keyword.arg not in kinds:
-            raise ValueError(f"{where}: {name.id} has no setting {keyword.arg!r}; it has {', '.join(kinds)}")
-        given[keyword.arg] = _build(keyword.value, kinds[keyword.arg], f"{where}.{keyword.arg}")
+    if isinstance(node, ast.Call):
+        if len(node.args) > len(kinds):
+            raise ValueError(f"{where}: {name.id} has {len(kinds)} settings, given {len(node.args)}")
+        named = [(k.arg, k.value) for k in node.keywords]
+        for field, arg in [*zip(kinds, node.args), *named]:
+            if field not in kinds:
+                near = difflib.get_close_matches(str(field), kinds, n=1) or [", ".join(kinds) or "none"]
+                raise ValueError(f"{where}: {name.id} has no setting {field!r}; it has {near[0]}")
+            if field in given:
+                raise ValueError(f"{where}: {name.id} is given {field} twice")
+            given[field] = _build(arg, kinds[field], f"{where}.{field}")
+    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in given and _required(f)]
+    if missing:
+        raise ValueError(f"{where}: {name.id} needs {', '.join(missing)}")
     return cls(**given)
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _literal(node: ast.expr | None, where: str) -> Any:
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError):
-        raise ValueError(f"{where}: {ast.unparse(node)!r} is not a plain value") from None
+    except (ValueError, TypeError, SyntaxError, MemoryError):
+        raise ValueError(f"{where}: {_text(node)!r} is not a plain value") from None
+
+
+def _text(node: ast.expr | None) -> str:
+    return _short("**" if node is None else ast.unparse(node))
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 200 else f"{text[:200]}..."
 
 
 def _scalar(found: Any, kind: Any, where: str) -> Any:
     for option in _options(kind):
         if option is Any or (option is type(found)) or (found is None and option is type(None)):
             return found
-        origin = typing.get_origin(option)
-        if origin is typing.Literal and found in typing.get_args(option):
+        if typing.get_origin(option) is typing.Literal and found in typing.get_args(option):
             return found
     if _admits(kind, float) and isinstance(found, int) and not isinstance(found, bool):
-        return float(found)
+        try:
+            return float(found)
+        except OverflowError:
+            raise ValueError(f"{where}: an integer of {found.bit_length()} bits is no float") from None
     if _admits(kind, int) and isinstance(found, float) and found.is_integer():
         return int(found)
-    raise ValueError(f"{where}: {found!r} is {type(found).__name__}, expected {_name(kind)}")
+    raise ValueError(f"{where}: {_short(repr(found))} is {type(found).__name__}, expected {_name(kind)}")
