@@ -8,12 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 FILE = "artifact.json"
+OWN = re.compile(r"(^|\.)artifact\.json(\.\d+\.tmp)?$")
+SET = "files"
+"""Kind of an artifact that stands for many files, by a hash that is not that of its path."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +69,26 @@ def read(path: str | Path) -> Artifact | None:
         return None
     try:
         return _from_json(json.loads(target.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{target}: not an artifact file ({error}); remove it and make {path} again") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{target}: not an artifact file ({error}); remove it and make {path} again"
+        ) from None
 
 
-def explain(path: str | Path) -> str:
+def explain(path: str | Path, check_parents: bool = False) -> str:
     """The ancestry of an artifact as an indented tree, from itself down to raw files.
 
     Says whether the content still has the recorded hash.
+    Args:
+      check_parents: say so of all its ancestors too, which reads every one of them.
     Raises: FileNotFoundError if there is no artifact at `path`.
     """
     path = Path(path)
     found = read(path)
     if found is None:
         raise FileNotFoundError(f"{path}: no artifact here ({_file_of(path)} is missing)")
-    unchanged = hash_path(path) == found.hash
     lines: list[str] = []
-    _describe(found, 0, lines)
-    lines[0] += "  content unchanged" if unchanged else "  CONTENT CHANGED since it was recorded"
+    _describe(found, path, 0, lines, set(), check_parents)
     return "\n".join(lines)
 
 
@@ -94,8 +100,8 @@ def hash_path(path: str | Path) -> str:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
     total = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.endswith(FILE)):
-        total.update(file.relative_to(path).as_posix().encode() + b"\0" + _hash_file(file).digest())
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not OWN.search(p.name)):
+        total.update(os.fsencode(file.relative_to(path).as_posix()) + b"\0" + _hash_file(file).digest())
     return total.hexdigest()
 
 
@@ -113,16 +119,40 @@ def _file_of(path: Path) -> Path:
 
 
 def _raw(path: Path) -> Artifact:
+    if path.is_dir():
+        return Artifact("folder", hash_path(path), str(path))
     return Artifact("file", hash_path(path), str(path), {"bytes": path.stat().st_size})
 
 
 def _from_json(found: dict) -> Artifact:
     parents = tuple(_from_json(p) for p in found["made_from"])
-    return Artifact(found["kind"], found["hash"], found["path"], found["facts"], parents)
+    words = [found[name] for name in ("kind", "hash", "path")]
+    if not all(isinstance(word, str) for word in words) or not isinstance(found["facts"], dict):
+        raise TypeError("kind, hash and path are words, facts are named")
+    return Artifact(*words, found["facts"], parents)
 
 
-def _describe(artifact: Artifact, depth: int, lines: list[str]) -> None:
-    facts = "  ".join(f"{k}={v}" for k, v in artifact.facts.items() if not isinstance(v, dict | list))
-    lines.append(f"{'   ' * depth}{artifact.kind}  {artifact.hash[:12]}  {artifact.path}  {facts}".rstrip())
-    for parent in artifact.made_from:
-        _describe(parent, depth + 1, lines)
+def _describe(made: Artifact, at: Path, depth: int, lines: list[str], told: set[tuple], check: bool) -> None:
+    name = f"{'   ' * depth}{made.kind}  {made.hash[:12]}  {made.path}"
+    if (made.hash, made.path) in told:
+        lines.append(f"{name}  (above)")
+        return
+    told.add((made.hash, made.path))
+    facts = [f"{k}={_short(v)}" for k, v in made.facts.items() if not isinstance(v, dict | list)]
+    lines.append("  ".join([name, *facts, *([_now(made, at)] if check or not depth else [])]))
+    for parent in made.made_from:
+        _describe(parent, Path(parent.path), depth + 1, lines, told, check)
+
+
+def _now(made: Artifact, at: Path) -> str:
+    """What has become of an artifact since it was recorded."""
+    if made.kind == SET:
+        return "not compared"
+    if not at.exists():
+        return "no longer there"
+    return "content unchanged" if hash_path(at) == made.hash else "CONTENT CHANGED since it was recorded"
+
+
+def _short(fact: Any) -> str:
+    text = str(fact)
+    return text if len(text) <= 48 else f"{text[:44]}…"

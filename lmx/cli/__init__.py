@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 VERBS = ("quickstart", "train", "sweep", "eval", "generate", "tokenizer", "plan", "report", "info", "explain")
+RESUMABLE = ("quickstart", "train", "sweep")
 MOST = 1200
 
 
@@ -67,7 +68,8 @@ def _dispatch(argv: list[str]) -> None:
         with _plain_warnings():
             importlib.import_module(f"lmx.cli.{verb}").main(argv[1:])
     except KeyboardInterrupt as stop:
-        fail(f"{verb}: {str(stop) or 'stopped; repeat the command to go on'}", status=130)
+        again = "; repeat the command to go on" if verb in RESUMABLE else ""
+        fail(f"{verb}: {str(stop) or f'stopped{again}'}", status=130)
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:

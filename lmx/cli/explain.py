@@ -1,9 +1,12 @@
-"""Prints where an artifact came from: its whole ancestry, from the raw text to the model.
+"""Prints where something came from: its whole ancestry, from the model down to the raw text.
 
-Whatever of it is still in its place is compared with the hash it had then.
+Whatever of it is still in its place is compared with the hash it had then; what is no longer the same is told
+in capitals.
 
-  lmx explain runs/quickstart/english/checkpoints/400
+  lmx explain runs/quickstart/model                    a run: its newest checkpoint
+  lmx explain runs/quickstart/model/checkpoints/400
   lmx explain runs/quickstart/tokenizer.json
+  lmx explain runs/quickstart/model/results.json       an evaluation: of which checkpoint, on which text
 """
 
 from __future__ import annotations
@@ -19,10 +22,20 @@ from lmx import cli
 @dataclass(frozen=True)
 class Options:
     path: tyro.conf.Positional[Path]
-    """A dataset, tokenizer, checkpoint, run or report."""
+    """A run, checkpoint, tokenizer, prepared data set or result."""
 
 
 def main(argv: list[str]) -> None:
     from lmx import artifact
 
-    print(artifact.explain(cli.options(Options, argv, __doc__, "explain").path))
+    path = cli.options(Options, argv, __doc__, "explain").path
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if (path / "run.txt").exists():
+        newest = max(filter(_step, (path / "checkpoints").glob("*")), key=_step, default=None)
+        path = path / "run.txt" if newest is None else newest
+    print(artifact.explain(path, check_parents=True))
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name) if folder.name.isdecimal() else 0

@@ -8,6 +8,7 @@ The page needs nothing beside it. A run in progress can be looked at.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def main(argv: list[str]) -> None:
     if not asked.folder.is_dir():
         raise FileNotFoundError(f"{asked.folder}: no such folder; give a run's or a sweep's")
     is_sweep = (asked.folder / "sweep.json").exists()
-    page = asked.out or asked.folder / "report.html"
-    page.write_text((sweep_report if is_sweep else run_report)(asked.folder), encoding="utf-8")
-    print(page)
+    write(asked.out or asked.folder / "report.html", (sweep_report if is_sweep else run_report)(asked.folder))
+    print(asked.out or asked.folder / "report.html")
+
+
+def write(page: Path, html: str) -> None:
+    """Writes a page whole or not at all."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    partial = page.with_name(f"{page.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(html, encoding="utf-8")
+        os.replace(partial, page)
+    finally:
+        partial.unlink(missing_ok=True)

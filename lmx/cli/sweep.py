@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     from lmx import run as runs
     from lmx import sweep as sweeps
     from lmx import train as training
+    from lmx.cli.report import write
     from lmx.report import sweep_report
     from lmx.report.sweeps import sweep_text
     from lmx.train.live import Live
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
         print(f"[{i}/{total}] {cell.path}: {cell.status} {problem}".rstrip(), flush=True)
         failed += [cell.path] if cell.status == "failed" else []
     page = out / "report.html"
-    page.write_text(sweep_report(out), encoding="utf-8")
+    write(page, sweep_report(out))
     print(sweep_text(out))
     print(f"report {page}")
     if failed:

@@ -113,11 +113,12 @@ def _sinks(run, out: Path, tensorboard: bool, wandb: str | None) -> list:
 
 def _report(out: Path) -> Path | None:
     """Writes the page. Whatever fails here is said, and takes nothing from the run, which is on disk."""
+    from lmx.cli.report import write
     from lmx.report import run_report
 
     page = out / "report.html"
     try:
-        page.write_text(run_report(out), encoding="utf-8")
+        write(page, run_report(out))
     except Exception as error:
         problem = cli.one_line(f"{type(error).__name__}: {error}", cli.MOST)
         print(f"the run is whole, but its report failed: {problem}", file=sys.stderr)

@@ -66,7 +66,7 @@ class Data:
         for name in ("train", "valid"):
             if isinstance(getattr(self, name), str | Source):
                 raise TypeError(
-                    f"Data: {name}={getattr(self, name)!r} is one source; write a tuple: ({name}_source,)"
+                    f"Data: {name}={getattr(self, name)!r:.99} is one source; write a tuple: ({name}_source,)"
                 )
         if not 0.0 <= self.valid_share < 1.0:
             raise ValueError(f"Data: valid_share={self.valid_share}; use a share from 0 up to, but not, 1")

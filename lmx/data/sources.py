@@ -75,7 +75,7 @@ class Source:
         paths = self.files()
         if len(paths) > MANY_FILES:
             facts = {"files": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
-            return [artifact.Artifact("files", self.fingerprint(), str(paths[0].parent), facts)]
+            return [artifact.Artifact(artifact.SET, self.fingerprint(), str(paths[0].parent), facts)]
         return [artifact.read(path) or _raw(path) for path in paths]
 
     def fingerprint(self) -> str:

@@ -1,0 +1,204 @@
+"""Judges trained runs on text: perplexity per token and per word, and bits per byte, with 95 % intervals.
+
+Only bits per byte compare across tokenizers and scripts. Intervals are drawn over documents, so a text of a
+single document has none. Several runs are compared with the first, document by document, which sees
+differences that two separate intervals hide.
+
+  lmx eval runs/quickstart/model hindi.txt english.txt        each text for itself
+  lmx eval RUN                                               on what the run itself held out
+  lmx eval RUN "books/*.jsonl.zst" --stride 64 --step best   every token sees at least seq_len - 64 before it
+  lmx eval runs/a runs/b runs/c hindi.txt                    paired differences from runs/a
+  lmx eval RUN hindi.txt --json                              for programs
+
+The results are added to results.json in the run's folder, where its report finds them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import tyro
+
+from lmx import cli
+
+if TYPE_CHECKING:
+    from lmx.data import Data
+    from lmx.evals import Perplexity
+    from lmx.report.stats import Interval
+
+MEASURES = {"perplexity": "per token", "word_perplexity": "per word", "bits_per_byte": "bits per byte"}
+
+
+@dataclass(frozen=True)
+class Options:
+    paths: tyro.conf.Positional[tuple[str, ...]]
+    """Runs' folders, and texts: files (text, .jsonl, .gz, .zst, .parquet), patterns, or tfds:name."""
+    step: str = "latest"
+    """Of the checkpoint: latest, best or a number."""
+    seq_len: int | None = None
+    """Tokens in view at most; the run's own if not given."""
+    stride: int | None = None
+    """Moves a window by this many tokens; without it long documents are cut into pieces."""
+    unit: Literal["paragraph", "line", "file"] = "paragraph"
+    """What one document is in a plain text file."""
+    batch_size: int = 16
+    bootstrap: int = 1000
+    """Resamples for the intervals."""
+    seed: int = 0
+    json: bool = False
+    """Prints JSON instead of tables."""
+
+
+def main(argv: list[str]) -> None:
+    asked = cli.options(Options, argv, __doc__, "eval")
+    folders = [path for path in asked.paths if (Path(path) / "run.txt").exists()]
+    names = [path for path in asked.paths if path not in folders]
+    if not folders:
+        raise ValueError(
+            f"{', '.join(asked.paths) or 'nothing given'}: not a run's folder, which has run.txt"
+        )
+    for name in names:
+        if Path(name).is_dir():
+            raise ValueError(f"{name}: a folder without run.txt; for the text in it write '{name}/*.txt'")
+    from lmx import evals
+    from lmx import run as runs
+    from lmx.cli.progress import Progress
+
+    texts = [_named(name, asked.unit) for name in names] or [_held_out(Path(folders[0]))]
+    measured = {}
+    for folder in folders:
+        step = cli.step_of(Path(folder), asked.step)
+        model = runs.trained(folder, step)
+        seq_len = asked.seq_len or model.run.data.seq_len
+        for text in texts:
+            with Progress() as progress:
+                stage = f"{folder} on {text.name}"
+                measured[folder, text.name] = evals.perplexity(
+                    model.model,
+                    model.params,
+                    _whole(progress.watch(text.data.documents(text.part), stage, None)),
+                    model.tokenizer,
+                    seq_len=seq_len,
+                    stride=asked.stride,
+                    batch_size=asked.batch_size,
+                    bootstrap=asked.bootstrap,
+                    seed=asked.seed,
+                )
+            how = f"step {step}, {seq_len} tokens" + (f", stride {asked.stride}" if asked.stride else "")
+            _keep(Path(folder), step, f"{text.name}: {how}", measured[folder, text.name], text)
+    first, *others = folders
+    differences = {
+        (other, text.name): evals.compare(
+            measured[other, text.name], measured[first, text.name], asked.bootstrap, asked.seed
+        )
+        for other in others
+        for text in texts
+    }
+    if asked.json:
+        print(json.dumps(_plain(measured, differences, first), indent=1, ensure_ascii=False))
+    else:
+        _print(measured, differences, first)
+
+
+class _Text(NamedTuple):
+    """What is judged on: the documents of one part of `data`."""
+
+    name: str
+    data: Data
+    part: str
+
+
+def _named(name: str, unit: str) -> _Text:
+    from lmx.data import Data, Text, source
+
+    found = source(name)
+    found = replace(found, unit=unit) if isinstance(found, Text) else found
+    return _Text(name, Data(train=(found,), valid_share=0.0), "train")
+
+
+def _held_out(folder: Path) -> _Text:
+    from lmx import run as runs
+
+    data = runs.load(folder / "run.txt").data
+    if not (data.valid or data.valid_share):
+        raise ValueError(f"{folder} held nothing out; name a text to judge it on")
+    return _Text("held out", data, "valid")
+
+
+def _whole(documents: Iterable[dict]) -> Iterator[str]:
+    """The texts of documents that come in parts."""
+    parts: list[str] = []
+    for document in documents:
+        parts.append(document["text"])
+        if not document.get("more"):
+            yield "".join(parts)
+            parts = []
+
+
+def _keep(folder: Path, step: int, name: str, found: Perplexity, text: _Text) -> None:
+    """Adds a result to the run's results.json, which names the checkpoints and texts that it comes from."""
+    from lmx import artifact
+    from lmx.data import source
+    from lmx.report.runs import read_json
+    from lmx.train.checkpoint import FOLDER
+
+    path = folder / "results.json"
+    results = (read_json(path) or {}) | {name: _facts(found)}
+    earlier = artifact.read(path) if path.exists() else None
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    specs = text.data.valid if text.part == "valid" and text.data.valid else text.data.train
+    parents = [artifact.find(folder / FOLDER / str(step)), *(a for s in specs for a in source(s).artifacts())]
+    parents = {parent.hash: parent for parent in (*(earlier.made_from if earlier else ()), *parents)}
+    artifact.record(path, "results", parents.values())
+
+
+def _facts(found: Perplexity) -> dict:
+    intervals = {name: _interval(getattr(found, name)) for name in MEASURES}
+    return intervals | {"documents": found.n_documents, "tokens": found.n_tokens, "bytes": found.n_bytes}
+
+
+def _interval(x: Interval) -> dict | float:
+    return {"value": x.value, "low": x.low, "high": x.high, "n": x.n} if math.isfinite(x.low) else x.value
+
+
+def _plain(measured: dict, differences: dict, first: str) -> dict:
+    results = [{"run": run, "text": text, **_facts(found)} for (run, text), found in measured.items()]
+    compared = [
+        {"run": run, "against": first, "text": text}
+        | {name: _interval(getattr(found, name)) for name in ("nats_per_word", "bits_per_byte")}
+        for (run, text), found in differences.items()
+    ]
+    return {"results": results, "differences": compared} if compared else {"results": results}
+
+
+def _print(measured: dict, differences: dict, first: str) -> None:
+    from lmx.report.table import Table
+
+    rows = tuple(
+        (run, text, x.n_documents, x.n_bytes, *(getattr(x, name) for name in MEASURES))
+        for (run, text), x in measured.items()
+    )
+    print(Table(("run", "text", "documents", "bytes", *MEASURES.values()), rows).text())
+    if any(x.n_documents == 1 for x in measured.values()):
+        print("\none document has no interval; --unit line makes a document of each line")
+    if differences:
+        rows = tuple(
+            (run, text, x.nats_per_word, x.bits_per_byte, _verdict(x.bits_per_byte))
+            for (run, text), x in differences.items()
+        )
+        caption = f"differences from {first}, paired by document; below 0 is better"
+        print("\n" + Table(("run", "text", "nats per word", "bits per byte", ""), rows, caption).text())
+
+
+def _verdict(difference: Interval) -> str:
+    if not difference.excludes(0.0):
+        return "not told apart"
+    return "better" if difference.value < 0 else "worse"
