@@ -70,8 +70,7 @@ def test_equals_a_float64_forward_pass(kind, seq_len, stride):
     assert got.bits_per_byte.value == pytest.approx(want.sum() / n_bytes / math.log(2), rel=1e-5)
 
 
-def test_more_context_predicts_what_repeats_better():
-    """A closed form for the window: a model that has only seen 4 tokens cannot use the 5th before."""
+def test_a_sliding_window_changes_long_documents_only():
     model, params = make()
     cost = {
         s: perplexity(model, params, TEXTS, BYTES, seq_len=16, stride=s, batch_size=4, bootstrap=0)
@@ -217,7 +216,7 @@ def test_bootstrap_equals_a_plain_loop():
 
 
 def test_intervals_cover_the_truth():
-    """The ratio of expectations is 2 nats per token; intervals from 60 documents cover it about 95 % of times."""
+    """The ratio of expectations is 2 nats per token; intervals from 60 documents cover it 95 % of times."""
     found = [summarize(measured(seed, 60), 400).nats_per_token for seed in range(300)]
     covered = sum(x.low <= 2 <= x.high for x in found)
     assert 0.90 * 300 <= covered <= 0.985 * 300
