@@ -1,4 +1,4 @@
-"""Where a result came from: every dataset, tokenizer, checkpoint and report names what it was made from by hash.
+"""Where a result came from: datasets, tokenizers, checkpoints and reports name by hash what they were made from.
 
 A folder `x` carries `x/artifact.json`; a file `y.json` carries `y.json.artifact.json` beside it.
 """
@@ -38,9 +38,9 @@ def record(
     facts: dict[str, Any] | None = None,
     at: str | Path | None = None,
 ) -> Artifact:
-    """Hashes the file or folder at `path` and writes its artifact file, with the whole ancestry of its parents.
+    """Hashes the file or folder at `path` and writes its artifact file, with all ancestry of its parents.
 
-    A parent given as a path uses its own artifact file if it has one, else it is a raw file known by its hash.
+    A parent given as a path uses its own artifact file if it has one; else it is raw, known by its hash.
     Args:
       at: the path to write down, where the folder gets its final name only after its artifact is inside.
     Raises: FileNotFoundError if `path` or a parent does not exist.
@@ -93,7 +93,10 @@ def explain(path: str | Path, check_parents: bool = False) -> str:
 
 
 def hash_path(path: str | Path) -> str:
-    """sha256 of a file's bytes, or of a folder's relative names and bytes in sorted order, without artifact files."""
+    """sha256 of a file's bytes, or of a folder's relative names and bytes in sorted order.
+
+    Artifact files do not count. Raises: FileNotFoundError.
+    """
     path = Path(path)
     if path.is_file():
         return _hash_file(path).hexdigest()

@@ -53,9 +53,12 @@ def combine(a: Tree, b: Tree) -> Tree:
 
 def map_at(fn: Callable[[str, Any], Any], tree: Tree, pattern: str, is_leaf: Callable | None = None) -> Tree:
     """fn(path, leaf) where the path fits the pattern; other leaves as they are."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, x: fn(path_str(keys), x) if matches(path_str(keys), pattern) else x, tree, is_leaf=is_leaf
-    )
+
+    def change(keys, x):
+        path = path_str(keys)
+        return fn(path, x) if matches(path, pattern) else x
+
+    return jax.tree_util.tree_map_with_path(change, tree, is_leaf=is_leaf)
 
 
 def check_pattern(tree: Tree, pattern: str) -> None:
