@@ -29,7 +29,7 @@ def run(tour: Tour) -> dict:
             "documents": measured.n_documents,
             "bytes": measured.n_bytes,
             "lzma_bits_per_byte": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
-        } | {name: _plain(getattr(measured, name)) for name in ("perplexity", "word_perplexity", "bits_per_byte")}
+        } | {name: _plain(getattr(measured, name)) for name in ("perplexity", "bits_per_byte")}
         tour.say(f"   {language}: {languages[language]['bits_per_byte']['value']:.3f} bits per byte")
     return {"languages": languages}
 
@@ -40,17 +40,17 @@ def show(tour: Tour, facts: dict) -> tuple:
             language,
             found["documents"],
             found["bytes"],
-            *(Interval(**found[name]) for name in ("perplexity", "word_perplexity", "bits_per_byte")),
+            *(Interval(**found[name]) for name in ("perplexity", "bits_per_byte")),
             round(found["lzma_bits_per_byte"], 3),
         )
         for language, found in facts["languages"].items()
     )
-    columns = ("held out", "documents", "bytes", "per token", "per word", "bits per byte", "xz, bits per byte")
+    columns = ("held out", "documents", "bytes", "perplexity per token", "bits per byte", "xz")
     return (
         page.Text(
             "Perplexity on documents the model has not seen, with 95 % intervals from a bootstrap over documents. "
             "Only bits per byte compares across tokenizers and scripts: a Devanagari letter is three bytes. "
-            "The last column is what the compressor xz needs for the same bytes, without any training text."
+            "The last column is the bits per byte of the compressor xz, which has seen no training text."
         ),
         Table(columns, rows),
     )

