@@ -38,7 +38,7 @@ def blockwise(
     bias: Bias | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    block: int = 512,
+    block: int = 256,
 ) -> Float[Array, "B T N H"]:
     """As `attention.attention`, in pieces of `block` queries by `block` keys.
 
