@@ -1,4 +1,4 @@
-"""Where a result came from: datasets, tokenizers, checkpoints and reports name by hash what they were made from.
+"""Where a result came from: datasets, tokenizers, checkpoints and reports name their parents by hash.
 
 A folder `x` carries `x/artifact.json`; a file `y.json` carries `y.json.artifact.json` beside it.
 """

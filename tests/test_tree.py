@@ -109,6 +109,6 @@ def test_keys_differ_by_path_and_agree_between_processes():
     assert len(set(found)) == len(names)
     want = jax.random.fold_in(key, zlib.crc32("शब्द".encode()))
     assert found[-1] == tuple(jax.random.key_data(want).tolist())
-    script = "import jax; from lmx.tree import key_at; print(jax.random.key_data(key_at(jax.random.key(3), 'embed')))"
+    script = "import jax, lmx; print(jax.random.key_data(lmx.tree.key_at(jax.random.key(3), 'embed')))"
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert [int(x) for x in other.strip(" []\n").split()] == list(found[2])
