@@ -159,3 +159,16 @@ def test_a_bfloat16_model_keeps_a_bfloat16_cache_and_steps_alike():
     want = np.asarray(compiled(model)[0](params, tokens))
     got, _ = walk(model, params, tokens, [4, *[1] * 8])
     assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(3)], ids=repr)
+def test_as_many_new_tokens_as_slots(mask):
+    """Queries and keys are equally many but at different places: paths for whole rows do not apply."""
+    model, params = make(mask=mask)
+    tokens = draw((2, 8))
+    step, want = compiled(model)[1], np.asarray(compiled(model)[0](params, tokens))
+    _, cache = step(params, model.new_cache(2, 8), tokens[:, :3])
+    padded = np.concatenate([tokens[:, 3:], draw((2, 3), 9)], 1)
+    out, cache = step(params, cache, padded, np.broadcast_to(np.arange(8) < 5, (2, 8)))
+    np.testing.assert_allclose(np.asarray(out.logits)[:, :5], want[:, 3:], rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(cache.length, 8)

@@ -160,7 +160,7 @@ def test_grouped_heads_shape_the_matrices(n_kv_heads, head_dim, widths):
 
 @pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
 def test_blocks_without_sublayers_are_the_residual_stream(placement):
-    """With zero output matrices only the residual stream is left; after it, a norm in the post arrangement."""
+    """With zero output matrices only the residual stream is left, and in the post arrangement its norm."""
     params, run, x = block(BlockConfig(placement=placement))
     names = {"attn_norm", "mlp_norm", *(("attn_norm_out", "mlp_norm_out") if placement == "sandwich" else ())}
     assert set(params) == {"attn", "mlp", *names}
