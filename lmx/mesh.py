@@ -121,7 +121,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
 def check_batch(batch_size: int, n_micro: int, mesh: Mesh) -> None:
     """Raises: ValueError if rows do not split evenly over micro-batches and devices."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (n_micro * shards):
+    if batch_size < 1 or batch_size % (n_micro * shards):
         near = max(1, round(batch_size / (n_micro * shards))) * n_micro * shards
         raise ValueError(
             f"batch_size={batch_size} does not split into n_micro={n_micro} x {shards} devices "

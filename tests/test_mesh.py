@@ -158,7 +158,7 @@ def test_a_mesh_that_cannot_be_is_told(make, told):
 
 
 @pytest.mark.parametrize(
-    "rows, n_micro, near", [(11, 1, 8), (8, 2, 16), (1, 1, 8), (23, 1, 24), (100, 4, 96)]
+    "rows, n_micro, near", [(11, 1, 8), (8, 2, 16), (1, 1, 8), (0, 1, 8), (23, 1, 24), (100, 4, 96)]
 )
 def test_a_batch_that_does_not_split_names_one_that_does(rows, n_micro, near):
     mesh = MeshConfig(4, 2, 1).build()
