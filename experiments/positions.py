@@ -43,5 +43,6 @@ def base() -> Run:
 def variants() -> dict[str, Run]:
     schemes = (NoPE(), Learned(256), Sinusoidal(scale=0.02), RoPE(), ALiBi(), T5())
     return {
-        type(scheme).__name__: replace(base(), model=replace(base().model, position=scheme)) for scheme in schemes
+        type(scheme).__name__: replace(base(), model=replace(base().model, position=scheme))
+        for scheme in schemes
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -113,7 +114,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
     """
     places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
     spans = sorted({place[0].indices(batch_size)[:2] for place in places})
-    if any(a[1] != b[0] for a, b in zip(spans, spans[1:])):
+    if any(a[1] != b[0] for a, b in pairwise(spans)):
         raise ValueError(f"mesh: this process holds rows {spans} of a batch; order the devices by process")
     return slice(spans[0][0], spans[-1][1])
 

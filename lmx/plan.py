@@ -24,7 +24,7 @@ Source: the Cloud TPU system architecture pages.
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes are per device. fits is the compiler's verdict; where it is False, problem is its reason and bytes are 0."""
+    """Bytes are per device. fits: the compiler's verdict; if it is False, problem is its reason and bytes are 0."""
 
     topology: str
     n_devices: int
@@ -57,16 +57,22 @@ def topology_devices(topology: str) -> list:
     from jax.experimental import topologies
 
     if not re.fullmatch(r"(v\d+[ep]?|tpu7x):\d+(x\d+)*", topology):
-        raise ValueError(f"topology {topology!r}: write a generation and a shape, such as v5e:4x4 or v5p:2x2x1")
+        raise ValueError(
+            f"topology {topology!r}: write a generation and a shape, such as v5e:4x4 or v5p:2x2x1"
+        )
     single = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r".*:1(x1)*", topology) else {}
     try:
         return list(topologies.get_topology_desc(topology_name=topology, platform="tpu", **single).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"topology {topology!r} is not known to libtpu: {reason}; try v5e:2x2 or v5p:2x2x1") from None
+        raise ValueError(
+            f"topology {topology!r} is not known to libtpu: {reason}; try v5e:2x2 or v5p:2x2x1"
+        ) from None
 
 
-def plan(step: Callable, arguments: tuple[Any, ...], topology: str, n_devices: int, flops_per_step: float) -> Plan:
+def plan(
+    step: Callable, arguments: tuple[Any, ...], topology: str, n_devices: int, flops_per_step: float
+) -> Plan:
     """Compiles a jitted step for the devices its abstract arguments are placed on.
 
     Raises: jax.errors.JaxRuntimeError if the compiler fails for another reason than memory.

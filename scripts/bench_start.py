@@ -45,7 +45,9 @@ def start(preset: str, cache: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="baby")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
@@ -59,7 +61,10 @@ def main() -> None:
             warm.append(start(asked.preset, cache)[1])
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, preset {asked.preset}")
     for name, seconds in (("empty cache", cold), ("full cache", warm)):
-        print(f"first step, {name:12} median {statistics.median(seconds):6.2f} s   of {sorted(round(s, 2) for s in seconds)}")
+        print(
+            f"first step, {name:12} median {statistics.median(seconds):6.2f} s",
+            f"of {sorted(round(s, 2) for s in seconds)}",
+        )
     print(f"ratio {statistics.median(warm) / statistics.median(cold):.2f}")
 
 

@@ -96,7 +96,7 @@ class Cache:
     v: Float[Array, "L B S K H"]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
-    length: Int[Array, "B"]
+    length: Int[Array, B]
 
 
 class Model(NamedTuple):
@@ -192,7 +192,8 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
         where = Where(batch["positions"], batch["segment_ids"]) if "positions" in batch else _places(batch["tokens"])
         _check_length(config, batch["tokens"].shape[1])
         module = make(deterministic=key is None or config.dropout == 0)
-        out, _ = module.apply({"params": params}, batch["tokens"], where, rngs=None if key is None else {"dropout": key})
+        rngs = None if key is None else {"dropout": key}
+        out, _ = module.apply({"params": params}, batch["tokens"], where, rngs=rngs)
         return out
 
     def step(params, cache, tokens, valid=None):

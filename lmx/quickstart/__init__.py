@@ -6,6 +6,12 @@ A chapter is a file with `CHAPTER = Chapter(name, title, run, show)`. To add one
 from lmx.quickstart import evaluate, pretrain, sample, text, tokens
 from lmx.quickstart.tour import Chapter, Options, Tour, take
 
-CHAPTERS: tuple[Chapter, ...] = (text.CHAPTER, tokens.CHAPTER, pretrain.CHAPTER, evaluate.CHAPTER, sample.CHAPTER)
+CHAPTERS: tuple[Chapter, ...] = (
+    text.CHAPTER,
+    tokens.CHAPTER,
+    pretrain.CHAPTER,
+    evaluate.CHAPTER,
+    sample.CHAPTER,
+)
 
 __all__ = ["CHAPTERS", "Chapter", "Options", "Tour", "take"]

@@ -22,7 +22,12 @@ def run(tour: Tour) -> dict:
     for language, found in tour.facts["text"]["languages"].items():
         texts = _texts(found["parts"]["valid"]["path"])
         measured = perplexity(
-            model.model, model.params, texts, model.tokenizer, seq_len=model.run.data.seq_len, seed=tour.options.seed
+            model.model,
+            model.params,
+            texts,
+            model.tokenizer,
+            seq_len=model.run.data.seq_len,
+            seed=tour.options.seed,
         )
         raw = "\n".join(texts).encode("utf-8")
         languages[language] = {

@@ -82,7 +82,9 @@ def show(tour: Tour, facts: dict) -> tuple:
             plots.curves(curves, x_label="step", y_label="nats per token"),
             "Loss while training. Both languages in every batch, 85 to 15; documents never see each other.",
         ),
-        page.Text(f"Train it further, or differently: lmx info {tour.folder / MODEL} shows what it is.", "quiet"),
+        page.Text(
+            f"Train it further, or differently: lmx info {tour.folder / MODEL} shows what it is.", "quiet"
+        ),
     )
 
 

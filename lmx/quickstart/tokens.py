@@ -51,7 +51,19 @@ def show(tour: Tour, facts: dict) -> tuple:
         ),
         page.Fold(
             "The numbers",
-            (Table(("tokenizer", "vocabulary", "script", "tokens per word", "bytes per token", "words whole"), cells),),
+            (
+                Table(
+                    (
+                        "tokenizer",
+                        "vocabulary",
+                        "script",
+                        "tokens per word",
+                        "bytes per token",
+                        "words whole",
+                    ),
+                    cells,
+                ),
+            ),
         ),
     )
 

@@ -64,7 +64,11 @@ def take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
             _write(file, json.dumps({"made_from": made_from, "facts": facts}, indent=1, ensure_ascii=False))
         tour.facts[chapter.name] = facts
         sections.append(Section(f"{number}. {chapter.title}", tuple(chapter.show(tour, facts))))
-        page = Page("lmx quickstart", tuple(sections), "From raw text to a trained language model, in English and Hindi")
+        page = Page(
+            "lmx quickstart",
+            tuple(sections),
+            "From raw text to a trained language model, in English and Hindi",
+        )
         _write(tour.folder / "report.html", page.html())
     tour.say(f"\nall chapters in {time.monotonic() - begun:.0f} s")
     return tour.folder / "report.html"

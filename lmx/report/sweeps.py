@@ -96,6 +96,13 @@ def sweep_table(metric: str, ends: dict[tuple[str, int], float | str]) -> Table:
     return Table(columns, tuple(rows), caption)
 
 
+def sweep_text(sweep_dir: str | Path) -> str:
+    """The table of a sweep for a terminal. Raises: FileNotFoundError if this is not a sweep's folder."""
+    metric, trials = read_sweep(sweep_dir)
+    ends = {(t.variant, t.seed): read_trial(sweep_dir, t, metric)[1] for t in trials}
+    return sweep_table(metric, ends).text()
+
+
 def sweep_report(sweep_dir: str | Path) -> str:
     """The HTML page of a sweep: each variant over its seeds with intervals, and its difference from the base.
 

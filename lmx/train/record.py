@@ -44,7 +44,8 @@ def record(
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
     _json(out / "environment.json", environment)
-    _json(out / "data.json", {"train": prepared.train.fingerprint, "tokenizer": prepared.tokenizer.hash, "seed": run.seed})
+    data = {"train": prepared.train.fingerprint, "tokenizer": prepared.tokenizer.hash, "seed": run.seed}
+    _json(out / "data.json", data)
     if base is not None:
         changed = {k: v for k, v in values.diff(base, run).items() if k != "model.vocab_size"}
         _json(out / "overrides.json", {path: [_short(a), _short(b)] for path, (a, b) in changed.items()})

@@ -59,7 +59,8 @@ def run(
       source: the experiment file, copied beside the results.
       base: the run that this one varies; what differs is written beside the results.
     A checkpoint that cannot be written, but for the last, is a warning: training goes on and the next one is tried.
-    Raises: ValueError if `out` holds another run; OSError if it cannot be written; Diverged after `max_skips` updates in a row that are not finite.
+    Raises: ValueError if `out` holds another run; OSError if it cannot be written; Diverged after
+      `max_skips` updates in a row that are not finite.
     """
     out = Path(out)
     plan, prepared = session.run, session.prepared
@@ -74,7 +75,8 @@ def run(
         for sink in log:
             sink.rewind(start)
     tokens = plan.data.batch_size * plan.data.seq_len
-    meter = Meter(tokens, models.flops_per_token(plan.model, plan.data.seq_len), session.program.mesh, dtype=plan.model.dtype)
+    flops = models.flops_per_token(plan.model, plan.data.seq_len)
+    meter = Meter(tokens, flops, session.program.mesh, dtype=plan.model.dtype)
     latest: dict[str, float] = {}
     valid: dict[str, float] = {}
     pending: list = []

@@ -18,7 +18,8 @@ class State:
     """step: int32, updates tried so far, which is also the number of the next batch.
     trainable, frozen: the parameters, each with None where the other holds the leaf.
     constants: arrays that take part but never change, such as a teacher's parameters.
-    key: uint32 [2], the run's random key; skipped: int32, updates left out as not finite; streak: of the latest in a row.
+    key: uint32 [2], the run's random key; skipped: int32, updates left out as not finite; streak: how many of
+    them in a row, now.
     """
 
     step: jax.Array
