@@ -73,7 +73,7 @@ def _dispatch(argv: list[str]) -> None:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if os.environ.get("LMX_TRACE") or isinstance(error, NotImplementedError | RecursionError):
+        if os.environ.get("LMX_TRACE") or _is_bug(error):
             raise
         fail(f"{verb}: {_sentence(error)}")
 
@@ -146,6 +146,12 @@ def changes(settings: list[str]) -> dict[str, str]:
         if "=" not in setting:
             raise ValueError(f"--set {setting}: write --set path.to.field=value, such as --set optim.lr=3e-4")
     return dict(setting.split("=", 1) for setting in settings)
+
+
+def _is_bug(error: Exception) -> bool:
+    """Whether it tells of our own code rather than of what it was given."""
+    own_import = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lmx"
+    return own_import or isinstance(error, NotImplementedError | RecursionError)
 
 
 def _sentence(error: Exception) -> str:

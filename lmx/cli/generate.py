@@ -28,7 +28,7 @@ class Options:
     """A run's folder."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts to go on from, - for standard input; without any, the model begins by itself."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(temperature=0.8)  # noqa: RUF009
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(temperature=0.8)
     file: Path | None = None
     """A file with a prompt a line."""
     samples: int = 1

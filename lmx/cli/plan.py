@@ -73,10 +73,10 @@ def main(argv: list[str]) -> None:
         "parameters": f"{tree.count(compiled.shapes.params):,}",
         "tokens per step": f"{tokens:,}",
         "FLOPs per step": f"{flops:.3g}",
-        "arguments per device": _gib(found.argument_bytes),
-        "temporaries per device": _gib(found.temporary_bytes),
-        "peak per device": _gib(found.peak_bytes),
-        "memory per device": _gib(found.hbm_bytes),
+        "arguments per device": _bytes(found.argument_bytes),
+        "temporaries per device": _bytes(found.temporary_bytes),
+        "peak per device": _bytes(found.peak_bytes),
+        "memory per device": _bytes(found.hbm_bytes),
         "fits": "yes" if found.fits else f"NO: {found.problem}",
     }
     width = max(map(len, rows))
@@ -85,5 +85,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
-def _gib(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB" if n else "-"
+def _bytes(n: int) -> str:
+    if not n:
+        return "-"
+    return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.2f} MiB"

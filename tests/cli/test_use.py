@@ -1,0 +1,167 @@
+"""lmx eval and generate on a trained run, lmx tokenizer on text, lmx explain on all of them."""
+
+import io
+import json
+import math
+import shutil
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from lmx import artifact
+from lmx.data import Tokenizer
+from lmx.generate import Sampling, generate
+from lmx.run import trained
+from lmx.text.graphemes import clusters
+
+
+def test_eval_measures_each_text_with_intervals_and_keeps_the_results(run, lmx):
+    out, _ = run
+    told = lmx("eval", out, "hindi.txt", "english.txt", "--unit", "line", "--json", "--bootstrap", "100")
+    found = json.loads(told)["results"]
+    assert [(x["text"], x["documents"]) for x in found] == [("hindi.txt", 120), ("english.txt", 120)]
+    for x in found:
+        lines = Path(x["text"]).read_text(encoding="utf-8").split("\n")
+        assert x["bytes"] == sum(len(line.encode("utf-8")) for line in lines)
+        nats = x["tokens"] * math.log(x["perplexity"]["value"])
+        assert nats == pytest.approx(x["bits_per_byte"]["value"] * x["bytes"] * math.log(2), rel=1e-9)
+        words = sum(len(line.split()) for line in lines)
+        assert nats == pytest.approx(words * math.log(x["word_perplexity"]["value"]), rel=1e-9)
+        assert x["perplexity"]["low"] < x["perplexity"]["value"] < x["perplexity"]["high"]
+    kept = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert kept["hindi.txt: step 10, 32 tokens"]["bits_per_byte"] == found[0]["bits_per_byte"]
+    parents = artifact.read(out / "results.json").made_from
+    assert {p.kind for p in parents} == {"checkpoint", "file"} and len(parents) == 3
+
+
+def test_eval_compares_runs_pair_by_pair(run, lmx, tmp_path):
+    out, _ = run
+    settings = ("--bootstrap", "50", "--unit", "line")
+    earlier, same = tmp_path / "earlier", tmp_path / "same"
+    shutil.copytree(out, same)
+    shutil.copytree(out, earlier)
+    shutil.rmtree(earlier / "checkpoints" / "10")
+    told = json.loads(lmx("eval", out, earlier, same, "hindi.txt", "--json", *settings))
+    of_earlier, of_same = told["differences"]
+    assert of_earlier["bits_per_byte"]["low"] > 0
+    assert {of_same["bits_per_byte"][k] for k in ("value", "low", "high")} == {0.0}
+    table = lmx("eval", out, earlier, "hindi.txt", *settings)
+    assert "paired by document" in table and "worse" in table and "bits per byte" in table
+
+
+def test_eval_without_text_takes_what_the_run_held_out(run, lmx):
+    out, _ = run
+    told = json.loads(lmx("eval", out, "--json", "--bootstrap", "10", "--stride", "16", "--step", "5"))
+    (found,) = told["results"]
+    held_out = list(trained(out).run.data.documents("valid"))
+    assert found["documents"] == len(held_out) > 20
+    assert found["bytes"] == sum(len(d["text"].encode("utf-8")) for d in held_out)
+    assert "held out: step 5, 32 tokens, stride 16" in json.loads((out / "results.json").read_text())
+
+
+def test_one_document_has_no_interval_and_says_so(run, lmx):
+    assert "one document has no interval" in lmx("eval", run[0], "hindi.txt", "--unit", "file")
+
+
+def test_generate_streams_what_generate_returns(run, lmx):
+    out, _ = run
+    model = trained(out)
+    prompt, sampling = "नदी 3 ", Sampling(temperature=0.7, max_tokens=12, seed=3)
+    (expected,) = generate(model.model, model.params, model.tokenizer, [prompt], sampling)
+    options = ("--temperature", "0.7", "--max-tokens", "12", "--seed", "3")
+    assert lmx("generate", out, prompt, *options) == prompt + expected.text + "\n"
+    (line,) = lmx("generate", out, prompt, *options, "--json").splitlines()
+    assert json.loads(line) == {
+        "prompt": prompt,
+        "text": expected.text,
+        "reason": expected.reason,
+        "tokens": list(expected.tokens),
+    }
+
+
+def test_generate_takes_a_batch_from_a_file_and_keeps_it(run, lmx, tmp_path):
+    out, _ = run
+    copy = tmp_path / "run"
+    shutil.copytree(out, copy)
+    (tmp_path / "prompts.txt").write_text("The river\n\nनदी\n", encoding="utf-8")
+    options = ("--file", tmp_path / "prompts.txt", "--samples", "2", "--max-tokens", "6", "--batch-size", "3")
+    written = [json.loads(line) for line in lmx("generate", copy, *options, "--json", "--save").splitlines()]
+    assert [x["prompt"] for x in written] == ["The river", "The river", "नदी", "नदी"]
+    assert written[0]["tokens"] != written[1]["tokens"]
+    kept = [json.loads(line) for line in (copy / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(x["step"], x["prompt"], x["text"]) for x in kept] == [
+        (10, x["prompt"], x["text"]) for x in written
+    ]
+    lmx("report", copy)
+    assert "The river" in (copy / "report.html").read_text(encoding="utf-8")
+
+
+def test_generate_reads_a_prompt_from_standard_input(run, lmx, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("नदी\n"))
+    assert lmx("generate", run[0], "-", "--max-tokens", "0") == "नदी\n"
+
+
+def test_tokenizers_are_compared_on_hindi(lmx, tmp_path):
+    kinds = ("byte", "grapheme", "bpe")
+    table = lmx(
+        "tokenizer", "compare", "hindi.txt", "--kinds", *kinds, "--sizes", "300", "400", "--out", tmp_path
+    )
+    assert "Devanagari words" in table and "Latin words" not in table
+    rows = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    words = {row["tokenizer"]: row for row in rows if row["script"] == "Devanagari"}
+    assert words["byte"]["bytes_per_token"] == 1.0 and words["byte"]["whole"] == 0.0
+    assert (
+        words["bpe"]["tokens_per_word"]
+        < words["grapheme"]["tokens_per_word"]
+        < words["byte"]["tokens_per_word"]
+    )
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert ElementTree.parse(tmp_path / "compare.svg").getroot().tag.endswith("svg")
+    assert artifact.read(tmp_path / "compare.json").made_from[0].hash == artifact.hash_path("hindi.txt")
+
+
+def test_a_tokenizer_is_trained_and_shown(lmx, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    told = lmx("tokenizer", "train", "hindi.txt", "--spec", "Bpe(vocab_size=300)", "--out", path)
+    assert str(path) in told and "vocab_size=300" in told
+    text = "क्षत्रिय नमस्ते"
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode(text)) == text
+    shown = lmx("tokenizer", "show", path, "--text", text)
+    table = shown.split("\n\n")[1].splitlines()[2:]
+    assert [int(line.split()[0]) for line in table] == tokenizer.encode(text)
+    assert f"{len(table)} tokens for 2 words" in shown and "lossless" in shown
+
+
+def test_tokens_of_whole_letters_are_shown_as_text(lmx, tmp_path):
+    lmx("tokenizer", "train", "hindi.txt", "--spec", "Grapheme()", "--out", tmp_path / "tokenizer.json")
+    shown = lmx("tokenizer", "show", tmp_path / "tokenizer.json", "--text", "नदी")
+    assert all(f"  {cluster}  " in shown for cluster in clusters("नदी"))
+
+
+def test_explain_leads_from_the_model_to_the_text_and_sees_a_changed_byte(run, lmx, folder):
+    out, _ = run
+    lines = lmx("explain", out).splitlines()
+    depth = {line.strip().split("  ")[0]: (len(line) - len(line.lstrip())) // 3 for line in lines}
+    assert depth["checkpoint"] == 0 and depth["corpus"] == 1 and depth["file"] == 2
+    tokenizer = next(line for line in lines if line.strip().startswith("tokenizer"))
+    assert "kind=bpe" in tokenizer and all("CONTENT CHANGED" not in line for line in lines)
+    for kind in ("corpus", "tokenizer"):
+        path = next(line.split("  ") for line in map(str.strip, lines) if line.startswith(kind))[2]
+        assert lmx("explain", path).splitlines()[0].startswith(kind)
+    text = (folder / "hindi.txt").read_bytes()
+    try:
+        (folder / "hindi.txt").write_bytes(text[:-1] + b"!")
+        changed = [line for line in lmx("explain", out).splitlines() if "CONTENT CHANGED" in line]
+    finally:
+        (folder / "hindi.txt").write_bytes(text)
+    assert len(changed) == 1 and str(folder / "hindi.txt") in changed[0]
+
+
+@pytest.mark.slow
+def test_plan_compiles_for_a_machine_that_is_not_here(lmx):
+    pytest.importorskip("libtpu")
+    told = lmx("plan", "experiment.py", "--topology", "v5e:2x2")
+    assert "4 devices" in told and "fits" in told
