@@ -39,7 +39,15 @@ class State:
 def new_state(
     params: Any, pattern: str, tx: optax.GradientTransformation, key: jax.Array, constants: Any = None
 ) -> State:
-    """The state before the first step. Raises: ValueError if the pattern of trainable paths fits none."""
+    """The state before the first step.
+
+    Raises: ValueError if the pattern of trainable paths fits none, or one that holds integers.
+    """
     trainable, frozen = tree.partition(params, pattern)
+    for path, x in zip(tree.paths(trainable), jax.tree.leaves(trainable)):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(
+                f"trainable={pattern!r} selects {path}, whose {x.dtype} values have no gradient; leave it out"
+            )
     zero = jnp.zeros((), jnp.int32)
     return State(zero, trainable, frozen, constants, tx.init(trainable), jax.random.key_data(key), zero, zero)

@@ -20,7 +20,7 @@ from lmx.nn import AttentionConfig
 from lmx.ops.position import T5, ALiBi, RoPE
 from lmx.optim import Constant, Sgd
 from lmx.run import Run
-from lmx.train.program import batch_shapes, program
+from lmx.train.program import program
 
 B, T, V = 8, 16, 40
 DESCENT = Sgd(lr=1.0, schedule=Constant(warmup=0), momentum=0.0, clip=None)
