@@ -53,6 +53,7 @@ SCENE = re.compile(rb"(?im)^(?=\s*(?:act|scene) [ivx1-9]+\b)")
 
 def run(tour: Tour) -> dict:
     folder = tour.folder / "text"
+    folder.mkdir(parents=True, exist_ok=True)
     o = tour.options
     english = (
         Text(o.english, "paragraph")

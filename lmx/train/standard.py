@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from lmx import artifact, models, values
@@ -77,6 +78,7 @@ def run(
     tokens = plan.data.batch_size * plan.data.seq_len
     flops = models.flops_per_token(plan.model, plan.data.seq_len)
     meter = Meter(tokens, flops, session.program.mesh, dtype=plan.model.dtype)
+    rates = np.asarray(lr_at(plan.optim, plan.steps, np.arange(plan.steps)))
     latest: dict[str, float] = {}
     valid: dict[str, float] = {}
     pending: list = []
@@ -85,7 +87,7 @@ def run(
         """Writes the metrics of the steps before; the newest is left on the device until the next one runs."""
         for step, metrics in pending:
             latest.update(to_host(metrics))
-            latest["lr"] = float(lr_at(plan.optim, plan.steps, step - 1))
+            latest["lr"] = float(rates[step - 1])
             line = latest | meter.tick(step)
             for sink in log:
                 sink.write(step, line)

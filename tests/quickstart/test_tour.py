@@ -1,0 +1,74 @@
+"""The tour on text of the user's own: every chapter, what each found, and what is kept when it is taken again."""
+
+import json
+import re
+
+import pytest
+
+from lmx import artifact
+from lmx.quickstart import CHAPTERS, Options, Tour, take
+
+ENGLISH = "The river rose in the night, and by morning the {} road was gone.\n\n"
+HINDI = "रात में नदी चढ़ी और सुबह तक {} सड़क बह चुकी थी।\n\n"
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tour")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LMX_CACHE", str(folder / "cache"))
+    for name, line in (("english", ENGLISH), ("hindi", HINDI)):
+        (folder / name).write_text("".join(line.format(i) for i in range(120)), encoding="utf-8")
+    options = Options((str(folder / "english"),), (str(folder / "hindi"),), vocab_size=320, steps=6)
+    said: list[str] = []
+    tour = Tour(folder / "out", options, said.append)
+    page = take(tour, CHAPTERS)
+    yield tour, page.read_text(encoding="utf-8"), said
+    patch.undo()
+
+
+def test_every_chapter_is_told_on_the_page(taken):
+    tour, page, _ = taken
+    assert list(tour.facts) == [chapter.name for chapter in CHAPTERS]
+    for chapter in CHAPTERS:
+        assert chapter.title in page
+    assert "नदी" in page
+
+
+def test_held_out_documents_were_not_trained_on(taken):
+    for found in taken[0].facts["text"]["languages"].values():
+        train, valid = (
+            {json.loads(line)["text"] for line in open(found["parts"][part]["path"], encoding="utf-8")}
+            for part in ("train", "valid")
+        )
+        assert len(valid) > 1 and not train & valid
+        assert len(train) + len(valid) == 120
+
+
+def test_both_languages_are_judged_in_bits_per_byte(taken):
+    for found in taken[0].facts["evaluate"]["languages"].values():
+        bits = found["bits_per_byte"]
+        assert 0 < bits["low"] <= bits["value"] <= bits["high"] < 12
+        assert 0 < found["lzma_bits_per_byte"] < 8
+
+
+def test_the_model_explains_itself_down_to_the_text(taken):
+    tour = taken[0]
+    steps = [p for p in (tour.folder / "model" / "checkpoints").iterdir() if p.name.isdigit()]
+    ancestry = artifact.explain(steps[0])
+    assert re.search(r"tokenizer", ancestry) and "hindi-train.jsonl" in ancestry
+
+
+def test_a_second_tour_keeps_what_is_done(taken):
+    tour, _, _ = taken
+    said: list[str] = []
+    take(Tour(tour.folder, tour.options, said.append), CHAPTERS)
+    assert sum("(kept)" in line for line in said) == len(CHAPTERS)
+
+
+def test_damaged_facts_are_made_again(taken):
+    tour = taken[0]
+    (tour.folder / "2-tokens.json").write_text("{", encoding="utf-8")
+    said: list[str] = []
+    take(Tour(tour.folder, tour.options, said.append), CHAPTERS[:2])
+    assert sum("(kept)" in line for line in said) == 1
