@@ -54,11 +54,13 @@ def dot(
 def gram(a: Float[Array, "*b K"], b: Float[Array, "*b M"], batch: int = 0) -> Float[Array, "*c K M"]:
     """a^T b over the leading axes, once per index of the first `batch` of them: the gradient of a matrix from
     its inputs and its outputs' gradient."""
-    together, rows = tuple(range(batch)), tuple(range(batch, a.ndim - 1))
-    if a.dtype != jnp.bfloat16 or math.prod(a.shape[batch:-1]) % 2 or not bfloat16_units():
-        return dot(a, b, rows, rows, batch)
-    plain = functools.partial(_plain, axes=((rows, rows), (together, together)))
-    return lax.platform_dependent(a, b, cpu=functools.partial(turned, batch=batch), default=plain)
+    rows = tuple(range(batch, a.ndim - 1))
+    even = math.prod(a.shape[batch:-1]) % 2 == 0
+    if a.dtype == jnp.bfloat16 and even and bfloat16_units():
+        on_cpu = functools.partial(turned, batch=batch)
+    else:
+        on_cpu = functools.partial(_flattened, batch=batch)
+    return lax.platform_dependent(a, b, cpu=on_cpu, default=lambda a, b: dot(a, b, rows, rows, batch))
 
 
 def turned(a: Float[Array, "*b K"], b: Float[Array, "*b M"], batch: int = 0) -> Float[Array, "*c K M"]:
@@ -68,6 +70,12 @@ def turned(a: Float[Array, "*b K"], b: Float[Array, "*b M"], batch: int = 0) -> 
     n, rows = math.prod(lead), math.prod(a.shape[batch:-1])
     a = a.reshape(n, rows // 2, 2, K).transpose(0, 3, 1, 2).reshape(n, K, rows)
     return _plain(a, b.reshape(n, rows, M), axes=(((2,), (1,)), ((0,), (0,)))).reshape(*lead, K, M)
+
+
+def _flattened(a, b, batch):
+    """With one axis of rows: XLA:CPU would write out a^T to sum over two."""
+    a, b = (x.reshape(*x.shape[:batch], math.prod(x.shape[batch:-1]), x.shape[-1]) for x in (a, b))
+    return dot(a, b, (batch,), (batch,), batch)
 
 
 @functools.cache

@@ -81,6 +81,16 @@ def test_cpu_gets_the_form_its_units_want(units, function):
     assert ("stablehlo.transpose" in text) is units
 
 
+def test_cpu_does_not_write_out_a_transpose_in_float32():
+    """The gradient of w sums over 4 * 6 rows of x; XLA would make f32[5,24] of x [4, 6, 5] to sum over two axes."""
+
+    def dw(x, g):
+        return jax.vjp(lambda w: matmul(x, w), jnp.zeros((5, 7)))[1](g)
+
+    x, g = draw((4, 6, 5), "float32"), draw((4, 6, 7), "float32")
+    assert "f32[5,24]" not in jax.jit(dw).lower(x, g).compile().as_text()
+
+
 def test_one_row_is_widened_even_with_units(monkeypatch):
     monkeypatch.setattr(module, "bfloat16_units", lambda: True)
     export = jax.export.export(jax.jit(matmul), platforms=["cpu"])
