@@ -64,7 +64,7 @@ def generate(
     params,
     tokenizer,
     prompts: Sequence[Prompt],
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),
     *,
     rows: Sequence[int] | None = None,
     chunk: int = 16,

@@ -15,7 +15,7 @@ def stream(
     params,
     tokenizer,
     prompt: Prompt,
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: Sampling = Sampling(),
     *,
     row: int = 0,
     chunk: int = 4,
