@@ -56,7 +56,7 @@ class Data:
     valid: tuple[Source | str, ...] = ()
     valid_share: float = 0.05
     weights: tuple[float, ...] = ()
-    tokenizer: TokenizerSpec = Byte()  # noqa: RUF009 (a frozen value)
+    tokenizer: TokenizerSpec = Byte()
     seq_len: int = 256
     batch_size: int = 32
     packing: str = "best_fit"

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from lmx.mesh import ROWS, Rules, fit
 from lmx.nn import Block, BlockConfig, Context, Norm, weight
 from lmx.ops import flash
+from lmx.ops.attention import attention
 from lmx.ops.mask import Where
 from lmx.ops.position import Position, RoPE
 from lmx.weights import Transposed, Weight, leaf, linear, lookup, static
@@ -182,11 +183,11 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
         return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(x.shape, axes, mesh))
 
     attend = flash.pick(config.attention.impl, platform=platform, mesh=mesh)
-    make = partial(Transformer, config, attend, constrain, unroll)
+    make = partial(Transformer, config, attend=attend, constrain=constrain, unroll=unroll)
 
     def init(key):
         tokens = jnp.zeros((1, 2), jnp.int32)
-        return make().init({"params": key}, tokens, _places(tokens))["params"]
+        return make(attend=attention).init({"params": key}, tokens, _places(tokens))["params"]
 
     def apply(params, batch, key=None):
         where = Where(batch["positions"], batch["segment_ids"]) if "positions" in batch else _places(batch["tokens"])
