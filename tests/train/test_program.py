@@ -4,13 +4,14 @@ Plain gradient descent with a learning rate of 1 is used, so that the change of 
 compared with is `jax.grad` of the masked mean, written here, of a model that knows of no mesh.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lmx import tree
 from lmx.data import Data
@@ -18,9 +19,10 @@ from lmx.mesh import MeshConfig
 from lmx.models import TransformerConfig, build
 from lmx.nn import AttentionConfig
 from lmx.ops.position import T5, ALiBi, RoPE
-from lmx.optim import Constant, Sgd
+from lmx.optim import AdamW, Constant, Sgd
 from lmx.run import Run
-from lmx.train.program import program
+from lmx.train.program import batch_shapes, program
+from lmx.weights.surgery import Surgery
 
 B, T, V = 8, 16, 40
 DESCENT = Sgd(lr=1.0, schedule=Constant(warmup=0), momentum=0.0, clip=None)
@@ -113,3 +115,92 @@ def test_eight_devices_give_the_loss_and_gradients_of_one(position, mesh, n_micr
         largest = np.abs(want).max()
         assert largest > 1e-3, path
         np.testing.assert_allclose(got, want, atol=1e-5 * max(largest, 1), err_msg=path)
+
+
+def test_pmap_goes_on_from_its_own_state_and_evaluates():
+    """Three steps under pmap, then three on one device: the same parameters."""
+    runs = [
+        replace(RUN, optim=replace(DESCENT, lr=0.1, momentum=0.9), mesh=m)
+        for m in (MESHES["pmap"], MeshConfig(1, 1, 1))
+    ]
+    found = []
+    for run, devices in zip(runs, (jax.devices(), jax.devices()[:1])):
+        made = program(run, run.mesh.build(devices))
+        state, batch = made.init(0), made.place(packed())
+        for _ in range(3):
+            state, metrics = made.step(state, batch)
+        found.append(jax.device_get((state.params, metrics["loss"], made.evaluate(state.params, batch))))
+    for path, a, b in zip(tree.paths(found[0]), *map(jax.tree.leaves, found)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_evaluation_is_the_sum_of_nats_over_counted_tokens():
+    made = program(RUN, MESHES["all"].build())
+    state, batch = made.init(0), packed()
+    nats, tokens = jax.device_get(made.evaluate(state.params, made.place(batch)))
+    loss, _ = plain(MODEL, jax.device_get(state.params))
+    assert tokens == batch["loss_mask"].sum()
+    np.testing.assert_allclose(nats / tokens, loss, rtol=1e-5)
+
+
+@pytest.fixture
+def compiled_anew():
+    """A compilation that is read from the cache would give no warning."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_activation_is_copied_to_all_devices(compiled_anew, capfd, tied):
+    """XLA warns where it can only go from one division of an array to another by copying all of it everywhere."""
+    run = replace(RUN, model=replace(MODEL, tie_head=tied), mesh=MESHES["all"])
+    made = program(run, run.mesh.build())
+    made.step.lower(made.shapes, batch_shapes(run, made.mesh)).compile()
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+def test_numbers_keep_their_types_in_bfloat16():
+    """Parameters, optimizer state, sums of gradients, losses: float32. Activations: bfloat16."""
+    run = replace(RUN, model=replace(MODEL, dtype="bfloat16"), optim=AdamW(), n_micro=2, mesh=MESHES["all"])
+    made = program(run, run.mesh.build())
+    batch = batch_shapes(run, made.mesh)
+    state, metrics = jax.eval_shape(made.step, made.shapes, batch)
+    for found in (made.shapes, state):
+        arrays = jax.tree.leaves((found.params, found.opt_state))
+        assert {x.dtype for x in arrays if x.ndim} == {jnp.dtype("float32")}
+    assert {name: x.dtype for name, x in metrics.items()} == {
+        **dict.fromkeys(("loss", "grad_norm", "tokens"), jnp.float32),
+        **dict.fromkeys(("skipped", "streak"), jnp.int32),
+    }
+
+    def forward(params, batch):
+        out = made.model.apply(params, batch)
+        return out.hidden, out.logits
+
+    hidden, logits = jax.eval_shape(forward, made.shapes.params, batch)
+    assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    state, exact = made.init(0), program(replace(run, model=MODEL), made.mesh)
+    loss, want = (float(m.evaluate(state.params, m.place(packed()))[0]) for m in (made, exact))
+    assert loss == pytest.approx(want, rel=0.02) and loss != want
+
+
+@dataclass(frozen=True)
+class Extra(Surgery):
+    def __call__(self, params, key):
+        return params | {"extra": jnp.zeros(3)}
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"start": (Extra(),)}, "no sharding rule covers extra"),
+        ({"trainable": "blocks/*/lora"}, "'blocks/\\*/lora' fits no parameter; paths near it: blocks"),
+        ({"n_micro": 3}, r"batch_size=8 does not split into n_micro=3 x 4 devices \(data x fsdp\); use 12"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_compiled(change, told):
+    with pytest.raises(ValueError, match=told):
+        program(replace(RUN, mesh=MESHES["all"], **change), MESHES["all"].build())
