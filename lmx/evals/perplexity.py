@@ -293,7 +293,7 @@ def _resample(sums: np.ndarray, times: int, seed: int) -> np.ndarray:
     return np.concatenate(out)
 
 
-def _over(sums: np.ndarray, i: int) -> np.ndarray:
+def _over(sums: np.ndarray, i: int) -> np.ndarray | np.floating:
     with np.errstate(divide="ignore", invalid="ignore"):
         return sums[..., NATS] / sums[..., i]
 

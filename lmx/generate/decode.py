@@ -26,7 +26,7 @@ from lmx.generate.assemble import Assembler
 from lmx.generate.sampling import Sampling, choose
 from lmx.weights import leaf
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)

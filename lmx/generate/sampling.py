@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-Settings = dict[str, Array]
+Scalar = float | np.floating | Array
+Settings = dict[str, Scalar]
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def filtered(
     return logits
 
 
-def temperature(logits: Float[Array, "B V"], t: float | Array) -> Float[Array, "B V"]:
+def temperature(logits: Float[Array, "B V"], t: Scalar) -> Float[Array, "B V"]:
     """(logits - max) / t: their softmax is that of logits / t, and no t, however small, overflows to +inf."""
     return (logits - jnp.max(logits, -1, keepdims=True)) / t
 
@@ -145,7 +146,7 @@ def top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 
 
 def top_p(
-    logits: Float[Array, "B V"], p: float | Array, largest: Float[Array, "B k"] | None = None
+    logits: Float[Array, "B V"], p: Scalar, largest: Float[Array, "B k"] | None = None
 ) -> Float[Array, "B V"]:
     """Keeps tokens whose likelier ones together have probability below p: the smallest set that reaches p.
 
@@ -160,7 +161,7 @@ def top_p(
     return jnp.where(logits < last, -jnp.inf, logits)
 
 
-def min_p(logits: Float[Array, "B V"], p: float | Array) -> Float[Array, "B V"]:
+def min_p(logits: Float[Array, "B V"], p: Scalar) -> Float[Array, "B V"]:
     """Keeps tokens with at least p times the largest probability.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082, section 3.
@@ -169,7 +170,7 @@ def min_p(logits: Float[Array, "B V"], p: float | Array) -> Float[Array, "B V"]:
 
 
 def repetition_penalty(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float | Array
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Scalar
 ) -> Float[Array, "B V"]:
     """Divides the logit of a token seen before by `penalty` if positive, multiplies it if negative.
 

@@ -143,7 +143,7 @@ def test_off_is_the_identity():
     x = jnp.asarray(logits_of(0))
     assert Sampling().settings().keys() == {"temperature"}
     np.testing.assert_allclose(filtered(x, Sampling().settings()), x - x.max(-1, keepdims=True), rtol=1e-6)
-    np.testing.assert_array_equal(filtered(x, Sampling(temperature=0, top_p=0.1, min_p=0.5).settings()), x)
+    np.testing.assert_array_equal(filtered(x, Sampling(temperature=0.0, top_p=0.1, min_p=0.5).settings()), x)
     for same in (top_k(x, 0), top_k(x, V), top_p(x, 1.0), min_p(x, 0.0)):
         np.testing.assert_array_equal(same, x)
     np.testing.assert_array_equal(repetition_penalty(x, x > 0, 1.0), x)
@@ -192,7 +192,7 @@ def test_greedy_takes_the_likeliest_and_the_lowest_id_among_equals():
     x[0, 5] = 2.0
     x[1, [4, 9]] = 3.0
     tokens, log_p = choose(
-        jnp.asarray(x), jax.random.split(jax.random.key(0), 2), Sampling(temperature=0).settings()
+        jnp.asarray(x), jax.random.split(jax.random.key(0), 2), Sampling(temperature=0.0).settings()
     )
     assert tokens.tolist() == [5, 4] and tokens.dtype == jnp.int32
     np.testing.assert_allclose(log_p, np.log(softmax(x.astype(np.float64)))[[0, 1], [5, 4]], rtol=1e-6)
@@ -229,7 +229,7 @@ def test_full_sorts(k, most):
 
     full = Sampling(top_k=k, top_p=0.9, min_p=0.1)
     assert sorts(full) == most
-    assert sorts(dataclasses.replace(full, temperature=0)) == 0
+    assert sorts(dataclasses.replace(full, temperature=0.0)) == 0
     assert sorts(Sampling(min_p=0.3)) == 0
 
 
