@@ -3,15 +3,15 @@
 A 16-bit input has been rounded by the caller; every form multiplies those numbers exactly and adds them in
 float32, so forms differ only in the order of the sums. GPU and TPU get the plain dot. On a CPU the choice is:
 
-| inputs             | CPU                           | form                                               |
-|--------------------|-------------------------------|----------------------------------------------------|
-| float32, float64   | any                           | plain                                              |
-| bfloat16           | with bfloat16 units           | plain; a^T b with `a` transposed in memory first   |
-| bfloat16           | without, or `a` has one row   | widened to float32                                 |
-| float16            | any                           | widened to float32                                 |
+| inputs             | CPU                           | form                |
+|--------------------|-------------------------------|---------------------|
+| float32, float64   | any                           | plain               |
+| bfloat16           | with bfloat16 units           | plain               |
+| bfloat16           | without, or `a` has one row   | widened to float32  |
+| float16            | any                           | widened to float32  |
 
-Widening is 1.6 times as fast as XLA's own emulation on AVX2. With AMX the plain dot of one row, and a dot
-that sums over the first axis of `a`, leave the matrix units idle: 11 and 4 times slower.
+Widening is 1.6 times as fast as XLA's own emulation on AVX2; with AMX the plain dot of one row is 11 times
+slower than it. Products a^T b (`gram`) have a form of their own there.
 """
 
 from __future__ import annotations
@@ -55,27 +55,36 @@ def gram(a: Float[Array, "*b K"], b: Float[Array, "*b M"], batch: int = 0) -> Fl
     """a^T b over the leading axes, once per index of the first `batch` of them: the gradient of a matrix from
     its inputs and its outputs' gradient."""
     rows = tuple(range(batch, a.ndim - 1))
-    even = math.prod(a.shape[batch:-1]) % 2 == 0
-    if a.dtype == jnp.bfloat16 and even and bfloat16_units():
-        on_cpu = functools.partial(turned, batch=batch)
-    else:
-        on_cpu = functools.partial(_flattened, batch=batch)
-    return lax.platform_dependent(a, b, cpu=on_cpu, default=lambda a, b: dot(a, b, rows, rows, batch))
+    return lax.platform_dependent(
+        a,
+        b,
+        cpu=functools.partial(_gram_on_cpu, batch=batch),
+        default=lambda a, b: dot(a, b, rows, rows, batch),
+    )
 
 
-def turned(a: Float[Array, "*b K"], b: Float[Array, "*b M"], batch: int = 0) -> Float[Array, "*c K M"]:
-    """As `gram`, with a^T written out by a split, a transpose and a merge, which XLA:CPU does not fold back
-    into the dot as it does a lone transpose. The number of rows must be even."""
-    lead, K, M = a.shape[:batch], a.shape[-1], b.shape[-1]
+def _gram_on_cpu(a, b, batch):
+    """With one axis of rows, and the narrower factor transposed in memory before the dot, if rows are even.
+
+    Summing over the first axis of both leaves AMX idle (4 times slower) and XLA's vector kernels too (1.4
+    times, at 768 rows); given two axes of rows, XLA writes out the transpose of `a` however wide it is.
+    """
+    lead, (K, M) = a.shape[:batch], (a.shape[-1], b.shape[-1])
     n, rows = math.prod(lead), math.prod(a.shape[batch:-1])
-    a = a.reshape(n, rows // 2, 2, K).transpose(0, 3, 1, 2).reshape(n, K, rows)
-    return _plain(a, b.reshape(n, rows, M), axes=(((2,), (1,)), ((0,), (0,)))).reshape(*lead, K, M)
+    a, b = a.reshape(n, rows, K), b.reshape(n, rows, M)
+    if rows % 2 or (K > M and M % 2):
+        product = dot(a, b, (1,), (1,), 1)
+    elif K <= M:
+        product = dot(_turned(a), b, (2,), (1,), 1)
+    else:
+        product = _turned(dot(_turned(b), a, (2,), (1,), 1))
+    return product.reshape(*lead, K, M)
 
 
-def _flattened(a, b, batch):
-    """With one axis of rows: XLA:CPU would write out a^T to sum over two."""
-    a, b = (x.reshape(*x.shape[:batch], math.prod(x.shape[batch:-1]), x.shape[-1]) for x in (a, b))
-    return dot(a, b, (batch,), (batch,), batch)
+def _turned(x: Float[Array, "n r c"]) -> Float[Array, "n c r"]:
+    """The transpose, by a split, a transpose and a merge that XLA:CPU does not fold into a dot. r is even."""
+    n, r, c = x.shape
+    return x.reshape(n, r // 2, 2, c).transpose(0, 3, 1, 2).reshape(n, c, r)
 
 
 @functools.cache
