@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 HBM_GIB = {"v2": 8, "v3": 16, "v4": 16, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
 """Memory per jax device, in GiB; v2, v3, v4 and tpu7x have two devices a chip in libtpu's topologies.
@@ -33,6 +34,7 @@ class Plan:
     argument_bytes: int
     temporary_bytes: int
     peak_bytes: int
+    kernels: int
     hbm_bytes: int
     flops_per_step: float
 
@@ -79,11 +81,14 @@ def plan(
     """
     hbm = HBM_GIB.get(topology.split(":")[0], 0) * 2**30
     try:
-        memory = step.lower(*arguments).compile().memory_analysis()
+        with _uncached():
+            compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Plan(topology, n_devices, False, str(error).splitlines()[0], 0, 0, 0, hbm, flops_per_step)
+        reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        return Plan(topology, n_devices, False, reason, 0, 0, 0, 0, hbm, flops_per_step)
+    memory = compiled.memory_analysis()
     return Plan(
         topology,
         n_devices,
@@ -92,9 +97,23 @@ def plan(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes,
+        compiled.as_text().count('custom_call_target="tpu_custom_call"'),
         hbm,
         flops_per_step,
     )
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Without jax's compilation cache, which stores programs for absent devices and cannot read them back."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 @contextmanager

@@ -39,6 +39,9 @@ class Options:
 
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "plan")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is not needed and left alone
     from lmx import models, plan, tree
     from lmx import run as runs
     from lmx.train import batch_shapes
@@ -51,6 +54,8 @@ def main(argv: list[str]) -> None:
     else:
         run = runs.experiment(asked.file).variant(asked.variant)
     run = run.override(cli.changes(asked.set))
+    if run.mesh.pmap:
+        raise ValueError("pmap needs its devices; --set mesh.pmap=false plans the same step under jit")
     if run.model.vocab_size is None:
         size = getattr(run.data.tokenizer, "vocab_size", None)
         if size is None:
@@ -77,6 +82,7 @@ def main(argv: list[str]) -> None:
         "temporaries per device": _bytes(found.temporary_bytes),
         "peak per device": _bytes(found.peak_bytes),
         "memory per device": _bytes(found.hbm_bytes),
+        "fused kernels": str(found.kernels) if found.fits else "-",
         "fits": "yes" if found.fits else f"NO: {found.problem}",
     }
     width = max(map(len, rows))
