@@ -18,7 +18,7 @@ class Progress:
         self._file = file or sys.stderr
         self._in_place = self._file.isatty()
         self._quiet, self._every = quiet_seconds, 0.2 if self._in_place else every_seconds
-        self._stage, self._began, self._shown_at, self._width = "", 0.0, 0.0, 0
+        self._stage, self._began, self._next, self._width = "", 0.0, 0.0, 0
 
     def __enter__(self) -> Progress:
         return self
@@ -30,10 +30,10 @@ class Progress:
         now = time.monotonic()
         if stage != self._stage:
             self._clear()
-            self._stage, self._began, self._shown_at = stage, now, now + self._quiet - self._every
-        if now - self._shown_at < self._every:
+            self._stage, self._began, self._next = stage, now, now + self._quiet
+        if now < self._next:
             return
-        self._shown_at = now
+        self._next = now + self._every
         share = f" of {_size(total)} ({100 * done / total:.0f} %)" if total else ""
         line = f"{stage}: {_size(done)}{share}, {_size(done / max(now - self._began, 1e-9))}/s"
         if self._in_place:

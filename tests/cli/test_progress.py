@@ -1,0 +1,39 @@
+"""Progress of long readings: lines in a log, one line in place on a terminal, nothing for a short one."""
+
+import io
+import os
+
+from lmx.cli.progress import Progress
+
+DOCUMENTS = [{"text": "क" * 1000}] * 3  # 3000 bytes of UTF-8 each
+
+
+def test_a_log_gets_lines_with_bytes_of_text():
+    log = io.StringIO()
+    with Progress(log, quiet_seconds=0, every_seconds=0) as progress:
+        assert list(progress.watch(DOCUMENTS, "reading", 12_000)) == DOCUMENTS
+    lines = log.getvalue().splitlines()
+    assert [line.partition(", ")[0] for line in lines] == [
+        "reading: 3.0 kB of 12.0 kB (25 %)",
+        "reading: 6.0 kB of 12.0 kB (50 %)",
+        "reading: 9.0 kB of 12.0 kB (75 %)",
+    ]
+
+
+def test_a_short_reading_is_silent():
+    log = io.StringIO()
+    with Progress(log) as progress:
+        list(progress.watch(DOCUMENTS, "reading", None))
+    assert log.getvalue() == ""
+
+
+def test_a_terminal_keeps_one_line_which_is_removed():
+    screen, inside = os.openpty()
+    os.set_blocking(screen, False)
+    with open(inside, "w", encoding="utf-8") as file:
+        with Progress(file, quiet_seconds=0) as progress:
+            progress("train", 5_000_000, None)
+        written = os.read(screen, 1000).decode()
+    os.close(screen)
+    assert written.startswith("\rtrain: 5.0 MB, ") and "\n" not in written
+    assert written.endswith("\r") and not written.split("\r")[-2].strip()
