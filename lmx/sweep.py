@@ -1,4 +1,4 @@
-"""Variants x seeds, one after the other, resumable at any point: a question asked often enough to trust the answer."""
+"""Variants x seeds, one after the other, resumable at any point: a question asked often enough to trust it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lmx import artifact, values
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: `path` is its folder below the sweep's; status is planned, running, done or failed."""
+    """One run of a sweep: `path` is its folder below the sweep's; status is planned, running, done or failed.
+
+    run: hash of the run's text, so that a cell is known to be done with these very settings.
+    """
 
     variant: str
     seed: int
     path: str
     status: str = "planned"
     error: str = ""
+    run: str = ""
 
 
 def sweep(
@@ -30,33 +36,46 @@ def sweep(
 ) -> Iterator[Cell]:
     """Trains every run with every seed and yields each cell as it ends. Cells that are done are not run again.
 
-    A cell that fails is recorded and does not stop the others; ask again and it is tried again from its checkpoint.
+    A cell that fails is recorded and does not stop the others; ask again and it is tried again from its
+    checkpoint. One that was killed, or is asked for with other settings than it was done with, is given to
+    `train` again too, which may refuse the folder.
     Args:
       runs: by variant.
-      train: (run, folder) -> anything; trains to the end, or goes on from what is in the folder.
+      train: (run, folder) -> anything; trains to the end, or goes on from what is in the folder. Only an
+        exception that is no `Exception`, such as KeyboardInterrupt, ends the sweep.
       metric: the one the sweep's report compares.
+    Raises: ValueError if the sweep's file is damaged.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    cells = [Cell(variant, seed, f"{variant}/seed{seed}") for seed in seeds for variant in runs]
+    asked = [(replace(runs[variant], seed=seed), variant, seed) for seed in seeds for variant in runs]
     done = {(cell.variant, cell.seed): cell for cell in read(out) if cell.status == "done"}
-    cells = [done.pop((cell.variant, cell.seed), cell) for cell in cells]
+    cells = []
+    for run, variant, seed in asked:
+        cell = Cell(variant, seed, f"{variant}/seed{seed}", run=artifact.hash_text(values.show(run)))
+        before = done.pop((variant, seed), cell)
+        cells.append(before if before.run == cell.run else cell)
     others = list(done.values())
-    for i, cell in enumerate(cells):
+    for i, (run, *_) in enumerate(asked):
+        cell = cells[i]
         if cell.status != "done":
-            run = replace(runs[cell.variant], seed=cell.seed)
             _write(out, metric, [*cells[:i], replace(cell, status="running"), *cells[i + 1 :], *others])
             try:
                 train(run, out / cell.path)
-                cells[i] = replace(cell, status="done", error="")
+                cells[i] = replace(cell, status="done")
             except (ValueError, OSError, RuntimeError) as error:
                 cells[i] = replace(cell, status="failed", error=str(error))
+            except Exception as error:
+                cells[i] = replace(cell, status="failed", error=f"{type(error).__name__}: {error}")
             _write(out, metric, [*cells, *others])
         yield cells[i]
 
 
 def read(out: str | Path) -> list[Cell]:
-    """The cells of a sweep's folder as they stand; none for a new folder."""
+    """The cells of a sweep's folder as they stand; none for a new folder.
+
+    Raises: ValueError if the sweep's file is damaged.
+    """
     file = Path(out) / "sweep.json"
     if not file.exists():
         return []
