@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from lmx.data.tokenizer import Tokenizer
 from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
 from lmx.models import Model, TransformerConfig, build
-from lmx.optim import AdamW, Update
+from lmx.optim import AdamW, Schedule, Update
 from lmx.train.checkpoint import load_params
 from lmx.train.step import Enrich
 from lmx.weights.surgery import Surgery, chain
@@ -78,9 +78,16 @@ class Run:
             remat="none",
         )
         data = replace(self.data, seq_len=min(self.data.seq_len, 64), batch_size=min(self.data.batch_size, 8))
-        steps = min(self.steps, 50)
         return replace(
-            self, model=model, data=data, steps=steps, n_micro=1, eval_every=min(self.eval_every, 25), eval_batches=4
+            self,
+            model=model,
+            data=data,
+            optim=_in_shares(self.optim, self.steps),
+            steps=min(self.steps, 50),
+            n_micro=1,
+            mesh=MeshConfig(),
+            eval_every=min(self.eval_every, 25),
+            eval_batches=4,
         )
 
     def save(self, path: str | Path) -> None:
@@ -97,6 +104,16 @@ def load(path: str | Path) -> Run:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no saved run here")
     return values.parse(path.read_text(encoding="utf-8"), Run, str(path))
+
+
+def _in_shares(value: Any, steps: int) -> Any:
+    """A tree of settings whose schedules count in shares of the run where they counted in steps."""
+    if isinstance(value, Schedule):
+        counts = {name: x for name in ("warmup", "decay") if type(x := getattr(value, name, None)) is int}
+        return replace(value, **{name: n / steps for name, n in counts.items()})
+    if is_dataclass(value):
+        return replace(value, **{f.name: _in_shares(getattr(value, f.name), steps) for f in fields(value)})
+    return value
 
 
 class Trained(NamedTuple):
@@ -146,10 +163,14 @@ def experiment(path: str | Path) -> Experiment:
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path}: no such experiment" + (f"; there are {', '.join(near)}" if near else ""))
+        raise FileNotFoundError(
+            f"{path}: no such experiment" + (f"; there are {', '.join(near)}" if near else "")
+        )
     module = _import(path)
     if not callable(getattr(module, "base", None)):
-        raise ValueError(f"{path}: an experiment defines base() -> Run, and may define variants() -> dict[str, Run]")
+        raise ValueError(
+            f"{path}: an experiment defines base() -> Run, and may define variants() -> dict[str, Run]"
+        )
     runs = {"base": module.base()}
     if callable(getattr(module, "variants", None)):
         runs |= module.variants()

@@ -87,7 +87,7 @@ def run(
         """Writes the metrics of the steps before; the newest is left on the device until the next one runs."""
         for step, metrics in pending:
             latest.update(to_host(metrics))
-            latest["lr"] = float(rates[step - 1])
+            latest["lr"] = float(rates[step - 1 - latest["skipped"] + bool(latest["streak"])])
             line = latest | meter.tick(step)
             for sink in log:
                 sink.write(step, line)

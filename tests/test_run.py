@@ -1,0 +1,256 @@
+"""A run is a value: saved, read back, overridden, shrunk; and what a folder of results holds of it."""
+
+import json
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmx import optim, train, tree, values
+from lmx.data import Bpe, Data, Documents, Jsonl, Text
+from lmx.losses import Chunked, NextToken, Term, ZLoss
+from lmx.mesh import MeshConfig
+from lmx.models import PRESETS, TransformerConfig, preset
+from lmx.nn import AttentionConfig, MlpConfig
+from lmx.ops.mask import Causal, PrefixLM, SlidingWindow
+from lmx.ops.position import ALiBi, Learned, RoPE
+from lmx.run import Run, experiment, load, trained
+from lmx.train.standard import run as run_standard
+from lmx.weights.surgery import Surgery
+
+RUNS = {
+    "default": Run(),
+    "everything": Run(
+        model=TransformerConfig(
+            vocab_size=300,
+            attention=AttentionConfig(4, 2, mask=SlidingWindow(8) & PrefixLM(2), softcap=30.0),
+            mlp=MlpConfig("geglu", d_ff=100),
+            position=Learned(64),
+            placement="sandwich",
+        ),
+        data=Data(
+            (Text("a/*.txt", unit="line"), "tfds:wiki40b/hi", Jsonl("b.jsonl")),
+            tokenizer=Bpe(320),
+            weights=(1.0, 2.0, 0.5),
+        ),
+        optim=optim.Muon(lr=0.02, partner=optim.Lion(schedule=optim.WSD(warmup=10, decay=0.3)), ema=0.99),
+        objective={"ce": Term(Chunked(NextToken(0.1), 64), 0.9), "z": Term(ZLoss(), 1e-4)},
+        start=(Surgery(),),
+        trainable="blocks/*|embed",
+        mesh=MeshConfig(2, -1, 2),
+    ),
+    "हिन्दी": Run(data=Data((Documents(("नमस्ते 'दुनिया'", 'एक "दो"\n')),))),
+    **{name: Run(model=preset(name)) for name in PRESETS},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_saved_and_read_back(name, tmp_path):
+    RUNS[name].save(tmp_path / "run.txt")
+    assert load(tmp_path / "run.txt") == RUNS[name]
+    assert values.diff(load(tmp_path / "run.txt"), RUNS[name]) == {}
+
+
+@pytest.mark.parametrize(
+    "change, want",
+    [
+        ({"optim.lr": "3e-4"}, {"optim.lr": 3e-4}),
+        ({"model.position": "ALiBi"}, {"model.position": ALiBi()}),
+        (
+            {"model.position": "RoPE(theta=1e6)", "model.position.fraction": "0.5"},
+            {"model.position": RoPE(1e6, 0.5)},
+        ),
+        ({"optim": "Lion(b1=0.8)", "optim.lr": "1"}, {"optim": optim.Lion(b1=0.8, lr=1.0)}),
+        ({"objective.ce.loss.smoothing": "0.1"}, {"objective": {"ce": Term(NextToken(0.1))}}),
+        ({"data.train": "('a.txt', Jsonl('b.jsonl'))"}, {"data.train": ("a.txt", Jsonl("b.jsonl"))}),
+        ({"data.tokenizer": "Bpe(512)"}, {"data.tokenizer": Bpe(512)}),
+        ({"mesh.fsdp": "4", "mesh.pmap": "false"}, {"mesh": MeshConfig(fsdp=4)}),
+        ({"eval_batches": "none"}, {"eval_batches": None}),
+        ({"model.attention.mask": "SlidingWindow(4)"}, {"model.attention.mask": SlidingWindow(4)}),
+        ({"optim.schedule.warmup": "100"}, {"optim.schedule": optim.Cosine(warmup=100)}),
+    ],
+    ids=str,
+)
+def test_settings_are_overridden_by_text(change, want):
+    found = Run().override(change)
+    for path, value in want.items():
+        place = found
+        for name in path.split("."):
+            place = getattr(place, name)
+        assert place == value and type(place) is type(value)
+    changed = {path.split(".")[0] for path in values.diff(found, Run())}
+    assert changed <= {path.split(".")[0] for path in change}
+
+
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda: Run(steps=0), "Run: steps=0 must be at least 1"),
+        (lambda: Run(n_micro=-1), "n_micro=-1"),
+        (lambda: Run(objective={}), "objective has no term; use {'ce': Term"),
+        (lambda: Run().override({"optim.lrate": "1"}), "no setting 'optim.lrate'; did you mean optim.lr"),
+        (lambda: Run().override({"model.position": "Rope()"}), "'Rope\\(\\)' is not one of .*RoPE"),
+        (lambda: Run().override({"model.attention.mask": "Causal() & SameSegment()"}), "not a plain value"),
+    ],
+)
+def test_mistakes_are_told(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+def test_a_joined_mask_is_written_as_its_class():
+    mask = Causal() & PrefixLM(3)
+    assert Run().override({"model.attention.mask": repr(mask)}).model.attention.mask == mask
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_has_a_tiny_one_that_can_be_built(name):
+    small = RUNS[name].tiny()
+    model = small.model
+    assert (model.d_model, small.n_micro, small.mesh, model.dtype) == (64, 1, MeshConfig(), "float32")
+    assert (
+        small.steps <= 50 and model.n_layers <= 2 and small.data.seq_len <= 64 and small.data.batch_size <= 8
+    )
+    kept = ("position", "placement", "norm", "tie_head", "logit_softcap")
+    assert all(getattr(model, k) == getattr(RUNS[name].model, k) for k in kept)
+    assert (model.attention.n_heads > model.attention.kv_heads) == (
+        RUNS[name].model.attention.n_heads > RUNS[name].model.attention.kv_heads
+    )
+    small = train.loop.with_vocab(small, 300) if model.vocab_size is None else small
+    made = train.program.program(small, small.mesh.build())
+    assert tree.count(made.shapes.params) < 20e6
+
+
+def test_schedules_that_count_steps_shrink_with_the_run():
+    warm = replace(RUNS["everything"], optim=optim.AdamW(schedule=optim.WSD(warmup=100, decay=200)))
+    small = warm.tiny()
+    lr = [np.asarray(optim.lr_at(r.optim, r.steps, np.arange(r.steps))) for r in (warm, small)]
+    peak = [int(x.argmax()) / len(x) for x in lr]
+    assert peak == pytest.approx([0.1, 0.1]) and lr[1].max() == pytest.approx(1e-3)
+    partner = RUNS["everything"].tiny().optim.partner.schedule
+    assert (partner.warmup, partner.decay) == (0.01, 0.3)
+
+
+def test_what_cannot_be_read_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no saved run here"):
+        load(tmp_path / "run.txt")
+    for damage in (
+        "",
+        "Run(",
+        "Run(steps=)",
+        "Run(steps=1, step=2)",
+        "Data()",
+        "Run(model=__import__('os'))",
+        "\0",
+    ):
+        (tmp_path / "run.txt").write_text(damage)
+        with pytest.raises(ValueError, match=r"run\.txt"):
+            load(tmp_path / "run.txt")
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_experiment_is_a_file(tmp_path):
+    file = write(
+        tmp_path / "rope_theta.py",
+        '"""Does theta matter?"""\n'
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass, replace\n"
+        "import lmx\n"
+        "from lmx.ops.position import RoPE\n\n"
+        "@dataclass(frozen=True)\nclass Mine(RoPE):\n    scale: float = 2.0\n\n"
+        "def base():\n    return lmx.Run(steps=7)\n\n"
+        "def variants():\n"
+        "    return {'long': replace(base(), steps=9),\n"
+        "            'mine': base().override({'model.position': 'Mine(theta=10)'})}\n",
+    )
+    found = experiment(file)
+    assert (found.name, found.path, found.question) == ("rope_theta", file, "Does theta matter?")
+    assert {name: r.steps for name, r in found.runs.items()} == {"base": 7, "long": 9, "mine": 7}
+    assert found.variant("long").steps == 9
+    assert type(found.variant("mine").model.position).__name__ == "Mine"
+    again = experiment(file).variant("mine")
+    assert values.parse(values.show(again), Run) == again
+    with pytest.raises(ValueError, match=r"no variant 'short'; it has base, long, mine"):
+        found.variant("short")
+
+
+def test_a_file_that_is_no_experiment_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"defines base\(\) -> Run"):
+        experiment(write(tmp_path / "empty.py", "x = 1\n"))
+    with pytest.raises(FileNotFoundError, match=r"no such experiment; there are empty\.py"):
+        experiment(tmp_path / "full.py")
+    with pytest.raises(FileNotFoundError, match=r"no such experiment$"):
+        experiment(tmp_path / "nowhere" / "full.py")
+
+
+LINES = tuple(f"{i} नदी के पार {i * i} नावें, and {i * 7 % 31} boats" for i in range(120))
+SMALL = Run(
+    model=TransformerConfig(d_model=32, n_layers=1, attention=AttentionConfig(2)),
+    data=Data((Documents(LINES),), seq_len=32, batch_size=8, valid_share=0.1),
+    steps=4,
+    eval_every=2,
+    eval_batches=1,
+    save_every=2,
+    mesh=MeshConfig(1, 1, 1),
+)
+
+
+def test_a_trained_model_is_read_from_its_folder(tmp_path):
+    session = train.session(SMALL, cache=tmp_path / "cache", devices=jax.devices()[:1])
+    result = run_standard(session, tmp_path / "out")
+    found = trained(tmp_path / "out")
+    assert found.run == session.run and found.run.model.vocab_size == session.prepared.tokenizer.vocab_size
+    jax.tree.map(np.testing.assert_array_equal, found.params, result.state.params)
+    assert found.tokenizer.decode(found.tokenizer.encode(LINES[3])) == LINES[3]
+    tokens = jnp.asarray([found.tokenizer.encode(LINES[3])], jnp.int32)
+    logits = found.model.apply(found.params, {"tokens": tokens}).logits
+    assert logits.shape == (1, tokens.shape[1], found.run.model.vocab_size) and jnp.isfinite(logits).all()
+    earlier = trained(tmp_path / "out", step=2)
+    assert np.any(earlier.params["embed"] != found.params["embed"])
+    with pytest.raises(FileNotFoundError):
+        trained(tmp_path / "out", step=3)
+    with pytest.raises(FileNotFoundError, match="no saved run here"):
+        trained(tmp_path / "elsewhere")
+
+
+@dataclass(frozen=True)
+class Breaks(train.Enrich):
+    """Batches whose loss is not a number."""
+
+    def __call__(self, constants, batch):
+        return batch | {"loss_mask": batch["loss_mask"] * jnp.float32(jnp.nan)}
+
+
+def test_a_run_that_is_never_finite_stops_and_leaves_its_last_good_checkpoint(tmp_path):
+    sound = train.session(
+        replace(SMALL, max_skips=3, steps=9), cache=tmp_path / "cache", devices=jax.devices()[:1]
+    )
+    bad = train.session(
+        replace(sound.run, enrich=Breaks()), cache=tmp_path / "cache", devices=jax.devices()[:1]
+    )
+    steps = [0]
+
+    def step(state, batch):
+        steps[0] += 1
+        return (sound if steps[0] <= 4 else bad).program.step(state, batch)
+
+    session = train.session(sound.run, cache=tmp_path / "cache", devices=jax.devices()[:1])
+    session.__dict__["program"] = sound.program._replace(step=step)
+    with pytest.raises(
+        train.standard.Diverged, match=r"step 7: .*not finite 3 times in a row.*Lower optim\.lr"
+    ):
+        run_standard(session, tmp_path / "out")
+    assert trained(tmp_path / "out", step=4).params["embed"].shape == (sound.run.model.vocab_size, 32)
+    latest = trained(tmp_path / "out")
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(latest.params))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    trained_lines = {line["step"]: line for line in lines if "streak" in line}
+    assert [trained_lines[n]["skipped"] for n in range(1, 8)] == [0, 0, 0, 0, 1, 2, 3]
+    rates = optim.lr_at(sound.run.optim, 9, np.array([0, 1, 2, 3, 4, 4, 4]))
+    np.testing.assert_allclose([trained_lines[n]["lr"] for n in range(1, 8)], rates, rtol=1e-6)
