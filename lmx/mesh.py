@@ -82,7 +82,9 @@ def shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
 
 def fit(shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> NamedSharding:
     """Each dimension over its mesh axis (a name, several, or None), but not one that the axis does not divide."""
-    sizes = [math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes]
+    sizes = [
+        math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes
+    ]
     return NamedSharding(mesh, P(*(a if n % size == 0 else None for a, n, size in zip(axes, shape, sizes))))
 
 

@@ -52,6 +52,7 @@ def main() -> None:
     missing = [name for name in ("torch",) if not _version(name)]
     if missing:
         sys.exit(f"bench_train: {', '.join(missing)} is not installed; pip install -e '.[peers]'")
+    peak = peak_flops()
     workers = {
         (contender, precision): _start(contender, precision, asked)
         for precision in asked.precision
@@ -64,7 +65,7 @@ def main() -> None:
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    _report(asked, times)
+    _report(asked, times, max(peak, peak_flops()))
 
 
 def serve(contender: str, precision: str, shape: str, threads: int) -> None:
@@ -197,7 +198,7 @@ def peak_flops() -> float:
     a = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
     b = torch.from_numpy(a)
     best = float("inf")
-    for product in (lambda: a @ a, lambda: b @ b) * 15:
+    for product in (lambda: a @ a, lambda: b @ b) * 40:
         begin = time.perf_counter()
         product()
         best = min(best, time.perf_counter() - begin)
@@ -225,10 +226,9 @@ def _ask(worker: subprocess.Popen, steps: int) -> list[float]:
     return json.loads(worker.stdout.readline())
 
 
-def _report(asked, times: dict[tuple[str, str], list[float]]) -> None:
+def _report(asked, times: dict[tuple[str, str], list[float]], peak: float) -> None:
     L, N, D, T, B, V = SHAPES[asked.shape]
     flops = B * T * (6 * (12 * L * D * D + V * D) + 12 * L * D * T)
-    peak = peak_flops()
     medians = {key: statistics.median(seconds) for key, seconds in times.items()}
     about = {
         "machine": f"{_processor()}, {asked.threads} threads",

@@ -13,6 +13,7 @@ checkpoint, bit for bit. A run that is complete is left as it is.
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,10 @@ def train(experiment, run, out: Path, *, tensorboard=False, wandb=None, distribu
     page = _report(out) if first else None
     if result.interrupted:
         saved = f"saved step {result.step} of {run.steps} in {out}"
-        raise KeyboardInterrupt(f"{saved}; repeat the command to go on")
+        if result.interrupted == signal.SIGINT:
+            raise KeyboardInterrupt(f"{saved}; repeat the command to go on")
+        print(f"{saved} on SIGTERM; repeat the command to go on", flush=True)
+        return
     if first:
         valid = result.metrics.get("valid/loss")
         held_out = f", held out {valid:.4f}" if valid is not None else ""

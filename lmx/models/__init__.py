@@ -3,4 +3,14 @@
 from lmx.models.presets import PRESETS, preset
 from lmx.models.transformer import RULES, Cache, Model, Out, TransformerConfig, build, flops_per_token
 
-__all__ = ["PRESETS", "RULES", "Cache", "Model", "Out", "TransformerConfig", "build", "flops_per_token", "preset"]
+__all__ = [
+    "PRESETS",
+    "RULES",
+    "Cache",
+    "Model",
+    "Out",
+    "TransformerConfig",
+    "build",
+    "flops_per_token",
+    "preset",
+]

@@ -20,7 +20,9 @@ def gpt2(d_model: int, n_layers: int, n_heads: int, max_len: int = 1024, **more)
     )
 
 
-def llama(d_model: int, n_layers: int, n_heads: int, n_kv_heads: int | None = None, **more) -> TransformerConfig:
+def llama(
+    d_model: int, n_layers: int, n_heads: int, n_kv_heads: int | None = None, **more
+) -> TransformerConfig:
     """Llama (Touvron et al. 2023): RoPE, RMSNorm, SwiGLU, no biases."""
     return TransformerConfig(
         d_model=d_model,

@@ -190,7 +190,11 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
         return make(attend=attention).init({"params": key}, tokens, _places(tokens))["params"]
 
     def apply(params, batch, key=None):
-        where = Where(batch["positions"], batch["segment_ids"]) if "positions" in batch else _places(batch["tokens"])
+        where = (
+            Where(batch["positions"], batch["segment_ids"])
+            if "positions" in batch
+            else _places(batch["tokens"])
+        )
         _check_length(config, batch["tokens"].shape[1])
         module = make(deterministic=key is None or config.dropout == 0)
         rngs = None if key is None else {"dropout": key}
@@ -208,14 +212,21 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
             cache.segment_ids.at[rows, slots].set(1, mode="drop"),
         )
         out, (k, v) = make().apply(
-            {"params": params}, tokens, Where(positions, valid.astype(jnp.int32)), (cache.k, cache.v), slots, kv_where
+            {"params": params},
+            tokens,
+            Where(positions, valid.astype(jnp.int32)),
+            (cache.k, cache.v),
+            slots,
+            kv_where,
         )
         return out, Cache(k, v, *kv_where, cache.length + valid.sum(1, dtype=jnp.int32))
 
     def new_cache(batch_size: int, length: int) -> Cache:
         _check_length(config, length)
         a = config.attention
-        kv = jnp.zeros((config.n_layers, batch_size, length, a.kv_heads, a.width(config.d_model)), config.dtype)
+        kv = jnp.zeros(
+            (config.n_layers, batch_size, length, a.kv_heads, a.width(config.d_model)), config.dtype
+        )
         empty = jnp.zeros((batch_size, length), jnp.int32)
         return Cache(kv, kv, empty, empty, jnp.zeros(batch_size, jnp.int32))
 
@@ -231,7 +242,9 @@ def flops_per_token(config: TransformerConfig, seq_len: int) -> float:
     a, D = config.attention, config.d_model
     H, d_ff = a.width(D), config.mlp.width(D)
     gates = 3 if config.mlp.activation in ("swiglu", "geglu") else 2
-    matrices = config.n_layers * (2 * D * H * (a.n_heads + a.kv_heads) + gates * D * d_ff) + D * config.vocab_size
+    matrices = (
+        config.n_layers * (2 * D * H * (a.n_heads + a.kv_heads) + gates * D * d_ff) + D * config.vocab_size
+    )
     return 6.0 * matrices + 12.0 * config.n_layers * a.n_heads * H * seq_len
 
 

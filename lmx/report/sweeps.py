@@ -138,14 +138,18 @@ def sweep_report(sweep_dir: str | Path) -> str:
     return Page(sweep_dir.resolve().name, tuple(s for s in sections if s.blocks), subtitle).html()
 
 
-def _by_length(metric: str, variants: list[str], found: dict[tuple[str, int], Series]) -> tuple[Block | Table, ...]:
+def _by_length(
+    metric: str, variants: list[str], found: dict[tuple[str, int], Series]
+) -> tuple[Block | Table, ...]:
     """The last `metric`@N of each variant against N, where a run was judged on rows of several lengths."""
     names = dict.fromkeys(name for s in found.values() for name in s if name.startswith(f"{metric}@"))
     lengths = sorted(int(name.rpartition("@")[2]) for name in names)
     means: dict[str, dict[int, Interval]] = {v: {} for v in variants}
     for v in variants:
         for n in lengths:
-            ends = [s[f"{metric}@{n}"][-1][1] for (w, _), s in found.items() if w == v and f"{metric}@{n}" in s]
+            ends = [
+                s[f"{metric}@{n}"][-1][1] for (w, _), s in found.items() if w == v and f"{metric}@{n}" in s
+            ]
             if ends and all(map(math.isfinite, ends)):
                 means[v][n] = mean_interval(ends)
     lines = {v: list(points.items()) for v, points in means.items() if points}

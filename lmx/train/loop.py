@@ -78,12 +78,16 @@ class Session:
         for i, batch in enumerate(ahead(batches.once(), depth=2)):
             if i == self.run.eval_batches:
                 break
-            sums = self.program.evaluate(params, self.program.place({name: x[rows] for name, x in batch.items()}))
+            sums = self.program.evaluate(
+                params, self.program.place({name: x[rows] for name, x in batch.items()})
+            )
             nats, tokens = nats + float(sums[0]), tokens + float(sums[1])
         return nats / tokens
 
 
-def session(run: Any, *, cache: str | Path | None = None, devices: list | None = None, progress=None) -> Session:
+def session(
+    run: Any, *, cache: str | Path | None = None, devices: list | None = None, progress=None
+) -> Session:
     """Prepares the run's data (or finds it prepared) and takes the vocabulary size from its tokenizer.
 
     cache: folder of prepared data and compiled programs; None means `cache_folder()`.
@@ -113,7 +117,9 @@ def with_vocab(run: Any, vocab_size: int) -> Any:
     """The run with the model's vocab_size set. Raises: ValueError if it is set too small for the tokenizer."""
     asked = run.model.vocab_size
     if asked is not None and asked < vocab_size:
-        raise ValueError(f"model.vocab_size={asked} is smaller than the tokenizer's {vocab_size}; leave it unset")
+        raise ValueError(
+            f"model.vocab_size={asked} is smaller than the tokenizer's {vocab_size}; leave it unset"
+        )
     return replace(run, model=replace(run.model, vocab_size=asked or vocab_size))
 
 

@@ -87,7 +87,9 @@ def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The abstract batch of a run: [B, T] each, rows over data and fsdp."""
     shape = (run.data.batch_size, run.data.seq_len)
     sharding = NamedSharding(mesh, meshes.BATCH)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()
+    }
 
 
 def _placed(state: State, mesh: Mesh) -> State:
@@ -111,9 +113,7 @@ def _pmapped(step, mesh):
     n = mesh.devices.size
 
     def share(state, batch):
-        return step(
-            state, batch, reduce=partial(jax.lax.psum, axis_name=axis), salt=jax.lax.axis_index(axis)
-        )
+        return step(state, batch, reduce=partial(jax.lax.psum, axis_name=axis), salt=jax.lax.axis_index(axis))
 
     mapped = jax.pmap(
         share, axis_name=axis, in_axes=(None, 0), out_axes=(None, None), devices=list(mesh.devices.flat)

@@ -34,12 +34,12 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """step reached, the last metrics, whether the run was asked to stop before its end, and the final state."""
+    """step reached, the last metrics, the signal that stopped the run before its end or 0, and the final state."""
 
     out: Path
     step: int
     metrics: dict[str, float]
-    interrupted: bool
+    interrupted: int
     state: State
 
 
@@ -105,12 +105,15 @@ def run(
     def save(step: int) -> None:
         for sink in log:
             sink.flush()
-        meta = {"data": {"next_batch": step, "fingerprint": prepared.train.fingerprint}, "run": values.show(plan)}
+        meta = {
+            "data": {"next_batch": step, "fingerprint": prepared.train.fingerprint},
+            "run": values.show(plan),
+        }
         meter.pause()
         checkpoints.save(step, state, meta, latest | valid)
         meter.resume()
 
-    step = start
+    step, stopping = start, 0
     with _stop_signal() as asked:
         try:
             for state, metrics in session.steps(state):
@@ -136,7 +139,7 @@ def run(
         raise OSError(f"stopped at step {step}, but {checkpoints.problem}")
     if first:
         artifact.record(out / "run.txt", "run", made_from=prepared.made_from, facts={"step": step})
-    return Result(out, step, latest | valid, step < plan.steps, state)
+    return Result(out, step, latest | valid, stopping if step < plan.steps else 0, state)
 
 
 def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State, int]:
@@ -180,25 +183,25 @@ def _diverged(step: int, plan: Any, checkpoints: Checkpoints) -> str:
 
 @contextmanager
 def _stop_signal() -> Iterator:
-    """Gives a function step -> whether to stop there, as SIGTERM or Ctrl-C has arrived in any process.
+    """Gives a function step -> the signal for which to stop there, SIGTERM or SIGINT, or 0.
 
     With several processes jax's preemption service takes SIGTERM and picks a step that none has passed yet.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
         return
-    seen = threading.Event()
+    seen: list[int] = []
 
     def stop(number, frame):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
             os.write(2, b"\nsaving this step; Ctrl-C again stops without it\n")
-        seen.set()
+        seen.append(number)
 
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, stop) for number in STOPPING if main}
     try:
-        yield lambda step: seen.is_set()
+        yield lambda step: seen[0] if seen else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

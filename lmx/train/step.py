@@ -61,7 +61,9 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     trainable, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (trainable, opt_state), (state.trainable, state.opt_state)
+        lambda new, old: jnp.where(finite, new, old),
+        (trainable, opt_state),
+        (state.trainable, state.opt_state),
     )
     missed = (~finite).astype(jnp.int32)
     new = replace(

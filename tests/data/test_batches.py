@@ -90,7 +90,8 @@ def test_a_batch_depends_on_seed_and_number_only(store, other, n, seed, P):
         batches = Batches((store, other), 32, 12, seed, weights)
         whole = batches.batch(n)
         parts = [
-            Batches((store, other), 32, 12, seed, weights).batch(n, slice(12 * p // P, 12 * (p + 1) // P)) for p in range(P)
+            Batches((store, other), 32, 12, seed, weights).batch(n, slice(12 * p // P, 12 * (p + 1) // P))
+            for p in range(P)
         ]
         for name, value in whole.items():
             assert np.array_equal(value, np.concatenate([part[name] for part in parts])), name

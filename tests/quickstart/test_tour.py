@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_every_chapter_is_told_on_the_page(taken):
 def test_held_out_documents_were_not_trained_on(taken):
     for found in taken[0].facts["text"]["languages"].values():
         train, valid = (
-            {json.loads(line)["text"] for line in open(found["parts"][part]["path"], encoding="utf-8")}
+            {json.loads(line)["text"] for line in Path(found["parts"][part]["path"]).open(encoding="utf-8")}
             for part in ("train", "valid")
         )
         assert len(valid) > 1 and not train & valid
