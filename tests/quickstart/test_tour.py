@@ -39,7 +39,10 @@ def test_every_chapter_is_told_on_the_page(taken):
 def test_held_out_documents_were_not_trained_on(taken):
     for found in taken[0].facts["text"]["languages"].values():
         train, valid = (
-            {json.loads(line)["text"] for line in Path(found["parts"][part]["path"]).open(encoding="utf-8")}
+            {
+                json.loads(line)["text"]
+                for line in Path(found["parts"][part]["path"]).read_bytes().splitlines()
+            }
             for part in ("train", "valid")
         )
         assert len(valid) > 1 and not train & valid
