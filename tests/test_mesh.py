@@ -124,7 +124,7 @@ def test_optimizer_state_lies_where_its_parameter_does(update):
 
 def test_follow_takes_the_longest_path_and_its_shape():
     mesh = MeshConfig(2, 2, 2).build()
-    params = shapes({"w": (4, 8), "a": {"w": (8, 4)}})
+    params = shapes({"w": (4, 8), "a": {"w": (4, 8)}})
     placed = {"w": NamedSharding(mesh, P("fsdp")), "a": {"w": NamedSharding(mesh, P("tensor"))}}
     state = {"mu": params, "row": shapes({"a": {"w": (8,)}}), "count": shapes({"n": ()})}
     found = specs(follow(state, params, placed, mesh))
