@@ -51,6 +51,8 @@ def program(run: Any, mesh: Mesh) -> Program:
     """
     meshes.check_batch(run.data.batch_size, run.n_micro, mesh)
     pmap = run.mesh.pmap
+    if pmap and jax.process_count() > 1:
+        raise ValueError("mesh.pmap=True serves the devices of one process; set it to False with several")
     model = models.build(run.model, mesh=None if pmap else mesh, platform=mesh.devices.flat[0].platform)
 
     def params_of(key):
