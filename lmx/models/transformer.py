@@ -183,6 +183,8 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
         return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(x.shape, axes, mesh))
 
     attend = flash.pick(config.attention.impl, platform=platform, mesh=mesh)
+    # Over a cache only paths that read the mask: kernels assume that slots are in order.
+    over_cache = flash.pick(platform="cpu", mesh=mesh)
     make = partial(Transformer, config, attend=attend, constrain=constrain, unroll=unroll)
 
     def init(key):
@@ -211,7 +213,7 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
             cache.positions.at[rows, slots].set(positions, mode="drop"),
             cache.segment_ids.at[rows, slots].set(1, mode="drop"),
         )
-        out, (k, v) = make().apply(
+        out, (k, v) = make(attend=over_cache).apply(
             {"params": params},
             tokens,
             Where(positions, valid.astype(jnp.int32)),
