@@ -86,7 +86,7 @@ def serve(contender: str, precision: str, shape: str, threads: int) -> None:
 
 
 def lmx_step(precision: str, shape: str):
-    from lmx.train.heap import keep_heap
+    from lmx.cli.heap import keep_heap
 
     keep_heap()
     import numpy as np

@@ -30,6 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from lmx.cli.heap import keep_heap
+
 VERBS = ("quickstart", "train", "sweep", "eval", "generate", "tokenizer", "plan", "report", "info", "explain")
 RESUMABLE = ("quickstart", "train", "sweep")
 MOST = 1200
@@ -64,6 +66,8 @@ def _dispatch(argv: list[str]) -> None:
             f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
         )
     _settle_platform()
+    if verb in ("quickstart", "train", "sweep"):
+        keep_heap()
     try:
         with _plain_warnings():
             importlib.import_module(f"lmx.cli.{verb}").main(argv[1:])

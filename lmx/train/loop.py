@@ -17,7 +17,6 @@ from lmx import tree
 from lmx.data.batches import ahead, iterate
 from lmx.mesh import local_rows
 from lmx.optim import ema_params
-from lmx.train.heap import keep_heap
 from lmx.train.program import Program, program
 from lmx.train.state import State
 
@@ -93,7 +92,6 @@ def session(
     cache: folder of prepared data and compiled programs; None means `cache_folder()`.
     Raises: ValueError if the model's vocab_size is smaller than the tokenizer's.
     """
-    keep_heap()
     cache = Path(cache or cache_folder())
     keep_compiled(cache / "xla")
     prepared = datasets.prepare(run.data, cache / "data", seed=run.seed, progress=progress)

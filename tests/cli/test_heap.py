@@ -1,4 +1,4 @@
-"""lmx.train.heap, by the page faults that the kernel counts."""
+"""lmx.cli.heap, by the page faults that the kernel counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import numpy as np
-from lmx.train.heap import keep_heap
+from lmx.cli.heap import keep_heap
 
 if sys.argv[1] == "keep" and not keep_heap():
     sys.exit("no glibc")
