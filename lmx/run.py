@@ -56,6 +56,10 @@ class Run:
         for name in ("steps", "n_micro", "eval_every", "save_every", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Run: {name}={getattr(self, name)} must be at least 1")
+        if self.eval_batches is not None and self.eval_batches < 1:
+            raise ValueError(f"Run: eval_batches={self.eval_batches} must be at least 1, or None for all")
+        if any(length < 1 for length in self.eval_lengths):
+            raise ValueError(f"Run: eval_lengths={self.eval_lengths} must be at least 1 each")
         if not self.objective:
             raise ValueError("Run: objective has no term; use {'ce': Term(NextToken())}")
 

@@ -3,7 +3,7 @@
 Stop it and repeat the command: finished runs are kept, the one at hand goes on from its checkpoint.
 
   lmx sweep experiments/positions.py --seeds 3
-  lmx sweep experiments/positions.py --seeds 3 --variants rope alibi --set steps=500
+  lmx sweep experiments/positions.py --seeds 3 --variants RoPE ALiBi --set steps=500
   lmx sweep experiments/positions.py --tiny                  see in CPU minutes that all of it runs
 """
 

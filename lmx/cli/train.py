@@ -4,7 +4,7 @@ Ctrl-C saves the step at hand. Repeat a command to go on where it stopped: a run
 checkpoint, bit for bit. A run that is complete is left as it is.
 
   lmx train experiments/shakespeare_char.py
-  lmx train experiments/positions.py --variant alibi --set seed=1 --set optim.lr=3e-4
+  lmx train experiments/positions.py --variant ALiBi --set seed=1 --set optim.lr=3e-4
   lmx train FILE --set 'data.train=("a.txt", "b/*.jsonl.zst")' --set 'model.position=RoPE(theta=5e5)'
   lmx train experiments/positions.py --tiny                  any run in CPU minutes
   lmx train experiments/shakespeare_char.py --show           the resolved run, without training

@@ -6,7 +6,6 @@ import lzma
 
 from lmx.data import Jsonl
 from lmx.evals import perplexity
-from lmx.quickstart.pretrain import MODEL
 from lmx.quickstart.tour import Chapter, Tour
 from lmx.report import page
 from lmx.report.stats import Interval
@@ -17,7 +16,7 @@ MOST_BYTES = 300_000
 
 
 def run(tour: Tour) -> dict:
-    model = trained(tour.folder / MODEL)
+    model = trained(tour.facts["pretrain"]["folder"])
     languages = {}
     for language, found in tour.facts["text"]["languages"].items():
         texts = _texts(found["parts"]["valid"]["path"])

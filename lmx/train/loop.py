@@ -56,7 +56,8 @@ class Session:
             batches.close()
 
     def evaluate(self, state: State) -> dict[str, float]:
-        """Mean next-token loss in nats per token over the validation rows, or the first `eval_batches` batches of them.
+        """Mean next-token loss in nats per token over the validation rows, or over
+        `eval_batches` batches drawn from all of them, the same at each evaluation.
 
         Returns: valid/loss; valid/loss@N for each N of `eval_lengths`: the same text in rows of N tokens; and
           valid/ema_loss, that of the averaged parameters, if the optimizer keeps an average.
@@ -72,11 +73,14 @@ class Session:
 
     def _mean_loss(self, params: Any, seq_len: int) -> float:
         batches = replace(self.prepared.valid, seq_len=seq_len)
+        rounds = batches.once()
+        if self.run.eval_batches is not None:
+            mixed = replace(batches, shuffle=True, seed=0)
+            whole = max(1, batches.n_rows // batches.batch_size)
+            rounds = (mixed.batch(n) for n in range(min(self.run.eval_batches, whole)))
         rows = local_rows(self.program.mesh, batches.batch_size)
         nats = tokens = 0.0
-        for i, batch in enumerate(ahead(batches.once(), depth=2)):
-            if i == self.run.eval_batches:
-                break
+        for batch in ahead(rounds, depth=2):
             sums = self.program.evaluate(
                 params, self.program.place({name: x[rows] for name, x in batch.items()})
             )

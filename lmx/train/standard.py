@@ -125,7 +125,7 @@ def run(
                 last = step == plan.steps
                 if last or stopping or step % plan.eval_every == 0 or step % plan.save_every == 0:
                     flush()
-                if prepared.valid_stores and not stopping and (last or step % plan.eval_every == 0):
+                if prepared.valid_stores and (last or step % plan.eval_every == 0):
                     evaluate(step)
                 if last or stopping or step % plan.save_every == 0:
                     save(step)

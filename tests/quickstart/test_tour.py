@@ -1,5 +1,6 @@
 """The tour on text of the user's own: every chapter, what each found, and what is kept when it is taken again."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -58,7 +59,9 @@ def test_both_languages_are_judged_in_bits_per_byte(taken):
 
 def test_the_model_explains_itself_down_to_the_text(taken):
     tour = taken[0]
-    steps = [p for p in (tour.folder / "model" / "checkpoints").iterdir() if p.name.isdigit()]
+    steps = [
+        p for p in (Path(tour.facts["pretrain"]["folder"]) / "checkpoints").iterdir() if p.name.isdigit()
+    ]
     ancestry = artifact.explain(steps[0])
     assert re.search(r"tokenizer", ancestry) and "hindi-train.jsonl" in ancestry
 
@@ -70,8 +73,26 @@ def test_a_second_tour_keeps_what_is_done(taken):
     assert sum("(kept)" in line for line in said) == len(CHAPTERS)
 
 
+def test_a_tour_with_other_options_makes_a_model_of_its_own(taken):
+    tour, _, _ = taken
+    other = Tour(tour.folder, dataclasses.replace(tour.options, steps=3), lambda line: None)
+    take(other, CHAPTERS[:3])
+    assert other.facts["pretrain"]["tokens"] < tour.facts["pretrain"]["tokens"]
+    assert other.facts["pretrain"]["folder"] != tour.facts["pretrain"]["folder"]
+
+
+def test_text_too_small_to_hold_any_out_is_told(taken):
+    tour = taken[0]
+    one = tour.folder / "one"
+    one.write_text("एक ही पंक्ति।", encoding="utf-8")
+    options = dataclasses.replace(tour.options, hindi=(str(one),))
+    with pytest.raises(ValueError, match=r"Hindi: .*give more text"):
+        take(Tour(tour.folder / "small", options, lambda line: None), CHAPTERS[:1])
+
+
 def test_damaged_facts_are_made_again(taken):
     tour = taken[0]
+    take(Tour(tour.folder, tour.options, lambda line: None), CHAPTERS[:2])
     (tour.folder / "2-tokens.json").write_text("{", encoding="utf-8")
     said: list[str] = []
     take(Tour(tour.folder, tour.options, said.append), CHAPTERS[:2])
