@@ -65,7 +65,7 @@ def sweep(
                 cells[i] = replace(cell, status="done")
             except (ValueError, OSError, RuntimeError) as error:
                 cells[i] = replace(cell, status="failed", error=str(error))
-            except Exception as error:
+            except Exception as error:  # a bug in one variant must not cost the others
                 cells[i] = replace(cell, status="failed", error=f"{type(error).__name__}: {error}")
             _write(out, metric, [*cells, *others])
         yield cells[i]

@@ -123,7 +123,7 @@ def _report(out: Path) -> Path | None:
     page = out / "report.html"
     try:
         write(page, run_report(out))
-    except Exception as error:
+    except Exception as error:  # a page is never worth a finished run
         problem = cli.one_line(f"{type(error).__name__}: {error}", cli.MOST)
         print(f"the run is whole, but its report failed: {problem}", file=sys.stderr)
         print(f"try again: lmx report {out}", file=sys.stderr)

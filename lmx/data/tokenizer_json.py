@@ -101,7 +101,7 @@ class Tokenizer:
             raise ValueError(f"{path} has no 'model', so it is no tokenizer.json; {_WAY_OUT}")
         try:
             rust = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-        except Exception as error:
+        except Exception as error:  # the Rust library raises plain Exception
             raise ValueError(
                 f"{path} is JSON, but no tokenizer that tokenizers {tokenizers.__version__} knows "
                 f"({str(error).splitlines()[0]}); {_WAY_OUT}"

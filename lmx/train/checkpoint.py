@@ -209,7 +209,7 @@ class Checkpoints:
                 os.replace(partial, final)
                 stored.sync(self.folder)
                 self._prune()
-        except Exception as error:
+        except Exception as error:  # of a thread: the trainer reports it at its next save
             self._error = self._error or error
         finally:
             writer.close()
