@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,13 @@ def read(path: str | Path) -> Artifact | None:
         raise ValueError(
             f"{target}: not an artifact file ({error}); remove it and make {path} again"
         ) from None
+
+
+def ancestors(made: Artifact) -> Iterator[Artifact]:
+    """All that it was made from, at any depth."""
+    for parent in made.made_from:
+        yield parent
+        yield from ancestors(parent)
 
 
 def explain(path: str | Path, check_parents: bool = False) -> str:

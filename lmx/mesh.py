@@ -7,6 +7,7 @@ matrices within a layer (Shoeybi et al. 2019, Megatron-LM, section 3).
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -66,26 +67,41 @@ def shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf of a parameter tree, by the first rule whose pattern fits its path.
 
     A rule names the mesh axis of each of the last dimensions; dimensions before them (layers) are not split,
-    and neither is one that its axis does not divide.
+    and neither is one that its axis does not divide: a warning names those, which every device holds whole.
     Raises: ValueError naming the parameters that no rule covers.
     """
     uncovered = [p for p in tree.paths(shapes) if not any(tree.matches(p, pattern) for pattern, _ in rules)]
     if uncovered:
         raise ValueError(f"no sharding rule covers {', '.join(uncovered[:5])}; add a (pattern, axes) rule")
 
-    def place(keys, x):
-        axes = next(axes for pattern, axes in rules if tree.matches(tree.path_str(keys), pattern))
-        return fit(x.shape, (None,) * (len(x.shape) - len(axes)) + tuple(axes), mesh)
+    copied = []
 
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    def place(keys, x):
+        path = tree.path_str(keys)
+        axes = next(axes for pattern, axes in rules if tree.matches(path, pattern))
+        axes = (None,) * (len(x.shape) - len(axes)) + tuple(axes)
+        placed = fit(x.shape, axes, mesh)
+        copied.extend(
+            f"{path} ({n} over {axis}={_size(axis, mesh)})"
+            for n, axis, kept in zip(x.shape, axes, placed.spec)
+            if kept != axis
+        )
+        return placed
+
+    found = jax.tree_util.tree_map_with_path(place, shapes)
+    if copied:
+        more = f" and {len(copied) - 4} more" if len(copied) > 4 else ""
+        warnings.warn(f"mesh: not divisible, so not split: {', '.join(copied[:4])}{more}", stacklevel=3)
+    return found
 
 
 def fit(shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> NamedSharding:
     """Each dimension over its mesh axis (a name, several, or None), but not one that the axis does not divide."""
-    sizes = [
-        math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())) for axis in axes
-    ]
-    return NamedSharding(mesh, P(*(a if n % size == 0 else None for a, n, size in zip(axes, shape, sizes))))
+    return NamedSharding(mesh, P(*(a if n % _size(a, mesh) == 0 else None for a, n in zip(axes, shape))))
+
+
+def _size(axis: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
 def follow(shapes: Any, params: Any, placed: Any, mesh: Mesh) -> Any:

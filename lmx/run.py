@@ -129,16 +129,17 @@ class Trained(NamedTuple):
     tokenizer: Tokenizer
 
 
-def trained(folder: str | Path, step: int | str = "latest") -> Trained:
-    """The model of a run's folder, at a step, "latest" or "best".
+def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -> Trained:
+    """The model of a run's folder, at a step, "latest" or "best"; `ema` takes the averaged parameters.
 
-    Raises: FileNotFoundError if the folder holds no run or no checkpoint; ValueError if what it holds is damaged.
+    Raises: FileNotFoundError if the folder holds no run or no checkpoint; ValueError if what it holds is damaged,
+    or if averaged parameters are asked for and the run kept none.
     """
     folder = Path(folder)
     run = load(folder / "run.txt")
     model = build(run.model)
     shapes = jax.eval_shape(lambda key: chain(*run.start)(model.init(key), key), jax.random.key(0))
-    params = jax.tree.map(jnp.asarray, load_params(folder, shapes, step))
+    params = jax.tree.map(jnp.asarray, load_params(folder, shapes, step, ema))
     return Trained(run, model, params, Tokenizer.load(folder / "tokenizer.json"))
 
 

@@ -47,7 +47,8 @@ def test_the_first_rule_that_fits_places_the_last_dimensions():
 
 
 def test_a_dimension_that_an_axis_does_not_divide_is_not_split():
-    placed = specs(shardings(shapes(), RULES, MeshConfig(1, 2, 4).build()))
+    with pytest.warns(UserWarning, match=r"not split: embed \(10 over tensor=4\), head \(7 over tensor=4\)$"):
+        placed = specs(shardings(shapes(), RULES, MeshConfig(1, 2, 4).build()))
     assert placed["embed"] == P(None, "fsdp") and placed["blocks/q/w"] == P(None, "fsdp", "tensor")
     mesh = MeshConfig(2, 2, 2).build()
     assert fit((8, 3), (("data", "fsdp"), None), mesh).spec == P(("data", "fsdp"), None)

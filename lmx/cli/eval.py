@@ -28,6 +28,7 @@ import tyro
 from lmx import cli
 
 if TYPE_CHECKING:
+    from lmx.artifact import Artifact
     from lmx.data import Data
     from lmx.evals import Perplexity
     from lmx.report.stats import Interval
@@ -41,6 +42,8 @@ class Options:
     """Runs' folders, and texts: files (text, .jsonl, .gz, .zst, .parquet), patterns, or tfds:name."""
     step: str = "latest"
     """Of the checkpoint: latest, best or a number."""
+    ema: bool = False
+    """The moving average of the parameters, which a run with optim.ema keeps."""
     seq_len: int | None = None
     """Tokens in view at most; the run's own if not given."""
     stride: int | None = None
@@ -70,11 +73,11 @@ def main(argv: list[str]) -> None:
     from lmx import run as runs
     from lmx.cli.progress import Progress
 
-    texts = [_named(name, asked.unit) for name in names] or [_held_out(Path(folders[0]))]
+    texts = [_named(name, asked.unit) for name in names] or [_held_out(Path(folders[0]), asked.step)]
     measured = {}
     for folder in folders:
         step = cli.step_of(Path(folder), asked.step)
-        model = runs.trained(folder, step)
+        model = runs.trained(folder, step, asked.ema)
         seq_len = asked.seq_len or model.run.data.seq_len
         for text in texts:
             with Progress() as progress:
@@ -90,7 +93,8 @@ def main(argv: list[str]) -> None:
                     bootstrap=asked.bootstrap,
                     seed=asked.seed,
                 )
-            how = f"step {step}, {seq_len} tokens" + (f", stride {asked.stride}" if asked.stride else "")
+            how = f"step {step}{', averaged' * asked.ema}, {seq_len} tokens"
+            how += f", stride {asked.stride}" if asked.stride else ""
             _keep(Path(folder), step, f"{text.name}: {how}", measured[folder, text.name], text)
     first, *others = folders
     differences = {
@@ -113,6 +117,13 @@ class _Text(NamedTuple):
     data: Data
     part: str
 
+    def artifacts(self) -> list[Artifact]:
+        """The files that its documents come from."""
+        from lmx.data import source
+
+        specs = self.data.valid if self.part == "valid" and self.data.valid else self.data.train
+        return [made for spec in specs for made in source(spec).artifacts()]
+
 
 def _named(name: str, unit: str) -> _Text:
     from lmx.data import Data, Text, source
@@ -122,13 +133,24 @@ def _named(name: str, unit: str) -> _Text:
     return _Text(name, Data(train=(found,), valid_share=0.0), "train")
 
 
-def _held_out(folder: Path) -> _Text:
+def _held_out(folder: Path, step: str) -> _Text:
+    from lmx import artifact
     from lmx import run as runs
+    from lmx.train.checkpoint import FOLDER
 
     data = runs.load(folder / "run.txt").data
     if not (data.valid or data.valid_share):
         raise ValueError(f"{folder} held nothing out; name a text to judge it on")
-    return _Text("held out", data, "valid")
+    text = _Text("held out", data, "valid")
+    checkpoint = artifact.find(folder / FOLDER / str(cli.step_of(folder, step)))
+    seen = {made.hash for made in artifact.ancestors(checkpoint)}
+    changed = [made.path for made in text.artifacts() if made.hash not in seen]
+    if changed:
+        raise ValueError(
+            f"{changed[0]}: its content changed since {folder} was trained, so what was held out is no longer "
+            f"known; name a text: lmx eval {folder} TEXT"
+        )
+    return text
 
 
 def _whole(documents: Iterable[dict]) -> Iterator[str]:
@@ -144,7 +166,6 @@ def _whole(documents: Iterable[dict]) -> Iterator[str]:
 def _keep(folder: Path, step: int, name: str, found: Perplexity, text: _Text) -> None:
     """Adds a result to the run's results.json, which names the checkpoints and texts that it comes from."""
     from lmx import artifact
-    from lmx.data import source
     from lmx.report.runs import read_json
     from lmx.train.checkpoint import FOLDER
 
@@ -154,8 +175,7 @@ def _keep(folder: Path, step: int, name: str, found: Perplexity, text: _Text) ->
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
-    specs = text.data.valid if text.part == "valid" and text.data.valid else text.data.train
-    parents = [artifact.find(folder / FOLDER / str(step)), *(a for s in specs for a in source(s).artifacts())]
+    parents = [artifact.find(folder / FOLDER / str(step)), *text.artifacts()]
     parents = {parent.hash: parent for parent in (*(earlier.made_from if earlier else ()), *parents)}
     artifact.record(path, "results", parents.values())
 

@@ -37,6 +37,8 @@ class Options:
     """Completions that are computed at once."""
     step: str = "latest"
     """Of the checkpoint: latest, best or a number."""
+    ema: bool = False
+    """The moving average of the parameters, which a run with optim.ema keeps."""
     save: bool = False
     """Adds what was written to RUN/samples.jsonl, for the report."""
     json: bool = False
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--samples {asked.samples} --batch-size {asked.batch_size}: give at least 1")
     prompts = [prompt for prompt in _prompts(asked) for _ in range(asked.samples)]
     step = cli.step_of(asked.run, asked.step)
-    model = trained(asked.run, step)
+    model = trained(asked.run, step, asked.ema)
     written = []
     for prompt, completion in _written(model, prompts, asked):
         written.append({"prompt": prompt, "text": completion.text, "reason": completion.reason})

@@ -11,10 +11,10 @@ import optax
 
 
 class EmaState(NamedTuple):
-    """count: updates so far, int32. mean: a tree like the parameters."""
+    """count: updates so far, int32. ema_params: their average, a tree like the parameters."""
 
     count: jax.Array
-    mean: Any
+    ema_params: Any
 
 
 def ema(decay: float) -> optax.GradientTransformation:
@@ -42,7 +42,7 @@ def ema(decay: float) -> optax.GradientTransformation:
         count = state.count + 1
         share = _share(decay, count)
         mean = jax.tree.map(
-            lambda m, p, u: m + share.astype(m.dtype) * (p + u - m), state.mean, params, updates
+            lambda m, p, u: m + share.astype(m.dtype) * (p + u - m), state.ema_params, params, updates
         )
         return updates, EmaState(count, mean)
 
@@ -59,7 +59,7 @@ def ema_params(opt_state: Any) -> Any | None:
         raise ValueError(
             f"ema_params: the optimizer state holds {len(found)} averages; keep ema on the outermost Update"
         )
-    return found[0].mean if found else None
+    return found[0].ema_params if found else None
 
 
 def _is_ema(x):

@@ -91,7 +91,8 @@ class WSD(Schedule):
     """Warmup, stable, decay: the peak is kept exactly until the last `decay` of the run, then falls to `end`
     of it.
 
-    A run can be prolonged from any checkpoint of the flat part.
+    A run can be prolonged from any checkpoint of the flat part: train it with more steps in a folder that has
+    this checkpoint and no later one. Give `warmup` as steps then: a share of more steps is another warmup.
     Args:
       decay: length of the fall, a share of the whole run (float) or steps (int).
       shape: with p in [0, 1] through the fall: "linear" 1 - p, "sqrt" 1 - sqrt(p), "cosine" (1 + cos(pi p)) /

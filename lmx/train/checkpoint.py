@@ -259,7 +259,9 @@ def best_step(folder: str | Path, metric: str | None = "valid/loss") -> int | No
     return min(found, key=found.get, default=None)
 
 
-def load_params(folder: str | Path, like: Any = None, step: int | str = "latest") -> Any:
+def load_params(
+    folder: str | Path, like: Any = None, step: int | str = "latest", ema: bool = False
+) -> Any:
     """The parameters of a checkpoint, trainable and frozen together, without the optimizer.
 
     Args:
@@ -268,16 +270,23 @@ def load_params(folder: str | Path, like: Any = None, step: int | str = "latest"
         None gives nested dictionaries of numpy arrays: enough for plain weights; quantized or low-rank ones
         need `like`.
       step: a step, "latest" or "best".
-    Raises: FileNotFoundError, ValueError as `Checkpoints.restore`; a damaged checkpoint is an error here.
+      ema: the moving average of the trainable ones (`lmx.optim.ema`) in their place.
+    Raises: FileNotFoundError, ValueError as `Checkpoints.restore`; a damaged checkpoint is an error here, and
+      so is `ema` where the optimizer kept no average.
     """
     source = _find_step(Path(folder).absolute(), step)
     if problem := stored.damage(source):
         raise ValueError(f"{source}: {problem}; give another step")
-    whole = {
-        path.partition("/")[2]: (path, entry)
-        for path, entry in stored.about(source)["tree"].items()
-        if path.startswith(("trainable/", "frozen/"))
-    }
+    whole, averages = {}, {}
+    for path, entry in stored.about(source)["tree"].items():
+        if path.startswith(("trainable/", "frozen/")):
+            whole[path.partition("/")[2]] = path, entry
+        elif path.startswith("opt_state/") and "/ema_params/" in path:
+            averages[path.partition("/ema_params/")[2]] = path, entry
+    if ema and not averages:
+        raise ValueError(f"{source}: its optimizer kept no average of the parameters; train with optim.ema=0.999")
+    if ema:
+        whole |= averages
     if like is None:
         wanted = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (_, (dtype, shape)) in whole.items()}
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import json
 import os
@@ -31,9 +32,10 @@ def record(
     """
     (out / "run.txt").write_text(values.show(run) + "\n", encoding="utf-8")
     prepared.tokenizer.save(out / "tokenizer.json")
-    repository = Path(lmx.__file__).parent
+    package = Path(lmx.__file__).parent
+    tracked = bool(_git(package, "ls-files", "__init__.py"))
     environment = {
-        "commit": _git(repository, "rev-parse", "HEAD"),
+        "commit": _git(package, "rev-parse", "HEAD") if tracked else None,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -49,11 +51,22 @@ def record(
     if base is not None:
         changed = {k: v for k, v in values.diff(base, run).items() if k != "model.vocab_size"}
         _json(out / "overrides.json", {path: [_short(a), _short(b)] for path, (a, b) in changed.items()})
-    change = _git(repository, "diff", "HEAD")
-    if change:
-        (out / "uncommitted.diff").write_text(change + "\n", encoding="utf-8")
+    if tracked and (change := _uncommitted(package)):
+        (out / "uncommitted.diff").write_text(change, encoding="utf-8")
     if source is not None:
         shutil.copyfile(source, out / "source.py")
+
+
+def _uncommitted(package: Path) -> str:
+    """What the repository's files and the package's new modules differ in from the commit, for `git apply`."""
+    changed = _git(package, "diff", "HEAD")
+    parts = [f"{changed}\n"] if changed else []
+    root = Path(_git(package, "rev-parse", "--show-toplevel") or package)
+    new = _git(package, "ls-files", "-z", "--others", "--exclude-standard", "--full-name", "*.py") or ""
+    for name in filter(None, new.split("\0")):
+        lines = (root / name).read_text(encoding="utf-8", errors="replace").splitlines()
+        parts.extend(difflib.unified_diff([], [f"{line}\n" for line in lines], "/dev/null", f"b/{name}"))
+    return "".join(parts)
 
 
 def _json(path: Path, found: dict) -> None:
@@ -82,4 +95,4 @@ def _git(folder: Path, *command: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip("\n") if done.returncode == 0 else None

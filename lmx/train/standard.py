@@ -147,7 +147,7 @@ def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State
     if checkpoints.latest() is None:
         return session.init(), 0
     state, meta = checkpoints.restore(session.program.shapes)
-    _check_same(session, meta, out)
+    _check_same(session, int(state.step), meta, out)
     return state, int(state.step)
 
 
@@ -159,18 +159,29 @@ def finished(session: Session, out: str | Path) -> bool:
     newest = max(steps(Path(out) / FOLDER), default=None)
     if newest != session.run.steps or stored.damage(Path(out) / FOLDER / str(newest)):
         return False
-    _check_same(session, stored.about(Path(out) / FOLDER / str(newest))["meta"], Path(out))
+    _check_same(session, newest, stored.about(Path(out) / FOLDER / str(newest))["meta"], Path(out))
     return True
 
 
-def _check_same(session: Session, meta: dict, out: Path) -> None:
+def _check_same(session: Session, step: int, meta: dict, out: Path) -> None:
+    """A run may get other `steps` as long as the learning rates of the steps that it has taken stay the same."""
     saved = values.parse(meta["run"], type(session.run), str(out))
     changed = {k: v for k, v in values.diff(saved, session.run).items() if k.split(".")[0] not in RESUMABLE}
+    if set(changed) == {"steps"} and step < session.run.steps:
+        before, after = (_rates(run, step) for run in (saved, session.run))
+        if np.array_equal(before, after):
+            changed = {}
     if changed:
         listed = "; ".join(f"{path}: {a!r:.99} there, {b!r:.99} asked" for path, (a, b) in changed.items())
         raise ValueError(f"{out} holds another run ({listed}); choose another folder or the same settings")
     if meta["data"]["fingerprint"] != session.prepared.train.fingerprint:
         raise ValueError(f"{out}: its data has changed since it was started; choose another folder")
+
+
+def _rates(run: Any, step: int) -> np.ndarray:
+    """The learning rates of the first `step` updates, of Muon's partner too."""
+    updates = [run.optim, *filter(None, [getattr(run.optim, "partner", None)])]
+    return np.stack([lr_at(update, run.steps, np.arange(step)) for update in updates])
 
 
 def _diverged(step: int, plan: Any, checkpoints: Checkpoints) -> str:

@@ -8,6 +8,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lmx import artifact
@@ -59,6 +60,32 @@ def test_eval_without_text_takes_what_the_run_held_out(run, lmx):
     assert found["documents"] == len(held_out) > 20
     assert found["bytes"] == sum(len(d["text"].encode("utf-8")) for d in held_out)
     assert "held out: step 5, 32 tokens, stride 16" in json.loads((out / "results.json").read_text())
+
+
+def test_eval_refuses_what_was_held_out_of_a_text_that_has_changed(run, lmx, refused):
+    text = Path("hindi.txt")
+    before = text.read_text(encoding="utf-8")
+    try:
+        text.write_text(before + "\nएक और पंक्ति", encoding="utf-8")
+        assert "hindi.txt: its content changed since" in refused("eval", run[0])
+    finally:
+        text.write_text(before, encoding="utf-8")
+
+
+def test_averaged_parameters_are_those_of_the_checkpoints(run, lmx, refused, tmp_path):
+    """mean = (1 - d) / (1 - d**t) * sum of d**(t - i) p_i, Kingma & Ba 2015, section 7.2."""
+    settings = ("optim.ema=0.8", "steps=4", "eval_every=4", "save_every=1", "keep=4")
+    out = tmp_path / "run"
+    lmx("train", "experiment.py", "--out", out, *(word for x in settings for word in ("--set", x)))
+    each = [trained(out, step).params["embed"] for step in (1, 2, 3, 4)]
+    mean = sum(0.8 ** (3 - i) * np.float64(w) for i, w in enumerate(each)) * 0.2 / (1 - 0.8**4)
+    averaged = trained(out, ema=True).params["embed"]
+    np.testing.assert_allclose(averaged, mean, rtol=1e-5, atol=1e-8)
+    options = (out, "hindi.txt", "--json", "--bootstrap", "0")
+    plain, average = (json.loads(lmx("eval", *options, *more))["results"][0] for more in ((), ("--ema",)))
+    assert plain["perplexity"] != average["perplexity"]
+    assert "hindi.txt: step 4, averaged, 32 tokens" in json.loads((out / "results.json").read_text())
+    assert "train with optim.ema" in refused("generate", run[0], "नदी", "--ema")
 
 
 def test_one_document_has_no_interval_and_says_so(run, lmx):

@@ -16,6 +16,7 @@ import pytest
 from tiny import Job, assert_same_bits, metrics, plan, rows, state, tail
 
 from lmx import train
+from lmx.optim import WSD
 from lmx.train import standard
 from lmx.train.checkpoint import steps
 
@@ -191,3 +192,25 @@ def test_a_run_with_other_settings_is_refused_in_the_same_folder(runner, undistu
         standard.run(train.session(wider, cache=job.cache, devices=jax.devices()[:1]), job.out)
     assert steps(Path(job.out) / "checkpoints") == [6]
     assert metrics(job.out) == metrics(undisturbed.out)
+
+
+def test_a_run_is_prolonged_from_where_its_schedule_is_flat(tmp_path):
+    """From the checkpoint at step 4 of 6, before the fall, 8 steps are those of a run that was to have 8."""
+    schedule = WSD(warmup=1, decay=2)
+    base = plan(Job(str(tmp_path), str(tmp_path / "cache"), steps=6, save_every=2, eval_every=6))
+    short = replace(base, optim=replace(base.optim, schedule=schedule))
+    long = replace(short, steps=8)
+
+    def run(wanted, out):
+        session = train.session(wanted, cache=tmp_path / "cache", devices=jax.devices()[:1])
+        return standard.run(session, tmp_path / out)
+
+    run(long, "long")
+    run(short, "short")
+    with pytest.raises(ValueError, match=r"steps: 6 there, 8 asked"):
+        run(long, "short")
+    shutil.copytree(tmp_path / "short", tmp_path / "prolonged")
+    shutil.rmtree(tmp_path / "prolonged" / "checkpoints" / "6")
+    run(long, "prolonged")
+    assert_same_bits(state(tmp_path / "prolonged"), state(tmp_path / "long"))
+    assert metrics(tmp_path / "prolonged") == metrics(tmp_path / "long")
