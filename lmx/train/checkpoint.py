@@ -259,9 +259,7 @@ def best_step(folder: str | Path, metric: str | None = "valid/loss") -> int | No
     return min(found, key=found.get, default=None)
 
 
-def load_params(
-    folder: str | Path, like: Any = None, step: int | str = "latest", ema: bool = False
-) -> Any:
+def load_params(folder: str | Path, like: Any = None, step: int | str = "latest", ema: bool = False) -> Any:
     """The parameters of a checkpoint, trainable and frozen together, without the optimizer.
 
     Args:
@@ -284,7 +282,9 @@ def load_params(
         elif path.startswith("opt_state/") and "/ema_params/" in path:
             averages[path.partition("/ema_params/")[2]] = path, entry
     if ema and not averages:
-        raise ValueError(f"{source}: its optimizer kept no average of the parameters; train with optim.ema=0.999")
+        raise ValueError(
+            f"{source}: its optimizer kept no average of the parameters; train with optim.ema=0.999"
+        )
     if ema:
         whole |= averages
     if like is None:
