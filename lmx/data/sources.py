@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -36,7 +37,7 @@ class NoDocument(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(ABC):
     """Base of all sources: iterate it for documents, or call `documents(report)` to have its problems
     counted."""
 
@@ -95,8 +96,8 @@ class Source:
         None: documents are then held out whole."""
         return None
 
-    def _read(self, report: Report) -> Iterator[Document]:
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
+    @abstractmethod
+    def _read(self, report: Report) -> Iterator[Document]: ...
 
     def _hint(self) -> str:
         return ""

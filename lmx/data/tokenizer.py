@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -67,15 +68,15 @@ _CLUSTER = f"(?:{_CONSONANT}{_EXTEND}{_VIRAMA}{_EXTEND}(?={_CONSONANT}))*\\X"
 
 
 @dataclass(frozen=True)
-class TokenizerSpec:
+class TokenizerSpec(ABC):
     """Base of all kinds."""
 
+    @abstractmethod
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """The tokenizer learned from the texts. Warns if they support a smaller vocabulary than asked for.
 
         Raises: ValueError if there is no text.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is trained")
 
     def fingerprint(self) -> str:
         """Names what `train` would do, beside the texts."""

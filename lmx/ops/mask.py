@@ -8,6 +8,7 @@ decoding, where the keys are cache slots in any order. Axes: B rows, T queries, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,12 +27,12 @@ class Where(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mask:
+class Mask(ABC):
     """A rule that allows pairs; the base of all masks."""
 
+    @abstractmethod
     def __call__(self, q: Where, k: Where) -> Bool[Array, "B 1 T S"]:
         """True where the query may attend to the key."""
-        raise NotImplementedError(f"{type(self).__name__} does not say who may attend to whom")
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, other)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import html
 import re
 import xml.etree.ElementTree as ElementTree
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
 from lmx.report.table import Cell, Table, show
 
 
-class Block:
+class Block(ABC):
     """A part of a section; html() returns markup whose texts are escaped."""
 
-    def html(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def html(self) -> str: ...
 
 
 @dataclass(frozen=True)
