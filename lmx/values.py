@@ -74,7 +74,7 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     elif isinstance(value, tuple | list):
         children, found = {str(i): v for i, v in enumerate(value)}, {}
     else:
-        return {prefix: value}
+        return {prefix: value.item() if isinstance(value, np.generic) else value}
     for name, child in children.items():
         found |= leaves(child, f"{prefix}.{name}" if prefix else str(name))
     return found
@@ -86,8 +86,13 @@ def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
     return {
         path: (left.get(path), right.get(path))
         for path in [*left, *(p for p in right if p not in left)]
-        if left.get(path) != right.get(path)
+        if _differ(left.get(path), right.get(path))
     }
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """A warmup of 1 (steps) is not one of 1.0 (a share)."""
+    return a != b or type(a) is not type(b)
 
 
 def fields_of(cls: type) -> dict[str, Any]:

@@ -288,6 +288,11 @@ def test_numbers_of_numpy_are_plain_and_lists_are_tuples():
     assert values.diff(values.parse(values.show(scene), Scene), scene) == {}
 
 
+def test_one_step_differs_from_a_share_of_one():
+    assert values.diff({"warmup": 1}, {"warmup": 1.0}) == {"warmup": (1, 1.0)}
+    assert values.diff({"warmup": 1}, {"warmup": 1}) == {}
+
+
 def test_two_classes_of_one_name_are_not_guessed_between():
     class Base:
         pass

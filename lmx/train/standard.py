@@ -165,8 +165,10 @@ def finished(session: Session, out: str | Path) -> bool:
 
 def _check_same(session: Session, step: int, meta: dict, out: Path) -> None:
     """A run may get other `steps` as long as the learning rates of the steps that it has taken stay the same."""
-    saved = values.parse(meta["run"], type(session.run), str(out))
-    changed = {k: v for k, v in values.diff(saved, session.run).items() if k.split(".")[0] not in RESUMABLE}
+    saved, asked = (
+        values.parse(text, type(session.run), str(out)) for text in (meta["run"], values.show(session.run))
+    )
+    changed = {k: v for k, v in values.diff(saved, asked).items() if k.split(".")[0] not in RESUMABLE}
     if set(changed) == {"steps"} and step < session.run.steps:
         before, after = (_rates(run, step) for run in (saved, session.run))
         if np.array_equal(before, after):

@@ -1,6 +1,8 @@
 """Mistakes at the command line: one line, status 2, the way out; bugs keep their traceback."""
 
 import importlib.util
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmx import cli
+from lmx import Run, cli
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -17,6 +19,33 @@ def test_help_teaches_by_example(verb, capsys):
         cli.main([verb, "--help"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.count(f"lmx {verb}") >= 3
+
+
+def examples():
+    """Every line of the READMEs, the helps and the experiments that is a command."""
+    root = Path(__file__).parents[2]
+    verbs = [importlib.import_module(f"lmx.cli.{verb}") for verb in cli.VERBS]
+    documents = [cli.__doc__, *(verb.__doc__ for verb in verbs)]
+    files = [*root.glob("README*.md"), *root.glob("experiments/*.py"), *root.glob("lmx/**/*.py")]
+    documents += [path.read_text(encoding="utf-8") for path in files]
+    found = {
+        line for text in documents for line in re.findall(r"^(?:Run:)? *(lmx [a-z]+ .+)$", text, re.MULTILINE)
+    }
+    return sorted(line for line in found if not line.startswith("lmx is one "))
+
+
+@pytest.mark.parametrize("line", examples())
+def test_every_example_is_a_command(line):
+    quoted = r"""'[^']*'|"[^"]*"|\S+"""
+    words = re.match(rf"((?:{quoted})(?: (?:{quoted}))*)", line.split("  #")[0])[1]
+    _, verb, *argv = shlex.split(words)
+    assert verb in cli.VERBS
+    assert all(
+        (Path(__file__).parents[2] / word).exists() for word in argv if word.startswith("experiments/")
+    )
+    asked = cli.options(importlib.import_module(f"lmx.cli.{verb}").Options, argv, "", verb)
+    if changes := cli.changes(getattr(asked, "set", [])):
+        Run().override(changes)
 
 
 def test_help_needs_no_jax():
