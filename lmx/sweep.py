@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmx import artifact, values
+from lmx.data.store import explained
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def sweep(
     Raises: ValueError if the sweep's file is damaged.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
     asked = [(replace(runs[variant], seed=seed), variant, seed) for seed in seeds for variant in runs]
     done = {(cell.variant, cell.seed): cell for cell in read(out) if cell.status == "done"}
     cells = []

@@ -80,10 +80,12 @@ def compare(asked: Compare) -> None:
     from lmx.cli.progress import Progress
     from lmx.data.compare import compare as measured
     from lmx.data.compare import grid, plot
+    from lmx.data.store import explained
     from lmx.report.table import Table
 
     specs = grid(asked.kinds, asked.sizes)
-    asked.out.mkdir(parents=True, exist_ok=True)
+    with explained(asked.out):
+        asked.out.mkdir(parents=True, exist_ok=True)
     rows = []
     with Progress() as progress:
         for i, spec in enumerate(specs, 1):
@@ -123,8 +125,11 @@ def train(asked: Train) -> None:
     from lmx import artifact, values
     from lmx.cli.progress import Progress
     from lmx.data import TokenizerSpec
+    from lmx.data.store import explained
 
     spec = values.parse(asked.spec, TokenizerSpec, "--spec")
+    with explained(asked.out):
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
         texts = _Texts(asked.texts, progress, str(spec))
         tokenizer = spec.train(document["text"] for document in texts)

@@ -215,7 +215,7 @@ def explained(path: str | Path):
         way_out = (
             "make room, or choose a folder on another disk, and run again: what was finished before is kept"
         )
-        if isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError):
+        if isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError | FileExistsError):
             way_out = "choose a folder that you may write to"
         raise type(error)(
             error.errno, f"cannot write {path}: {error.strerror or error}; {way_out}"

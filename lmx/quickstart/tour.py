@@ -12,6 +12,7 @@ from typing import Any
 
 import lmx
 from lmx import artifact
+from lmx.data.store import explained
 from lmx.report.page import Page, Section
 
 
@@ -51,7 +52,8 @@ class Chapter:
 def take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
     """Goes through the chapters and returns the page's path. A chapter already done with the same options, chapters
     before it and version of lmx is kept, so a tour that was stopped goes on where it was."""
-    tour.folder.mkdir(parents=True, exist_ok=True)
+    with explained(tour.folder):
+        tour.folder.mkdir(parents=True, exist_ok=True)
     own = [artifact.hash_path(path) for path in (*tour.options.english, *tour.options.hindi)]
     tour.made_from = artifact.hash_text(f"{lmx.__version__} {json.dumps([asdict(tour.options), own])}")
     sections, begun = [], time.monotonic()

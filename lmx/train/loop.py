@@ -15,6 +15,7 @@ import numpy as np
 from lmx import data as datasets
 from lmx import tree
 from lmx.data.batches import ahead, iterate
+from lmx.data.store import explained
 from lmx.mesh import local_rows
 from lmx.optim import ema_params
 from lmx.train.program import Program, program
@@ -134,7 +135,8 @@ def cache_folder() -> Path:
 def keep_compiled(folder: Path) -> None:
     """Turns jax's persistent compilation cache on, unless the user has chosen one."""
     if jax.config.jax_compilation_cache_dir is None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with explained(f"{folder} (LMX_CACHE)"):
+            folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

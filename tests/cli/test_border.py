@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from lmx import Run, cli
@@ -110,8 +111,16 @@ def test_places_that_cannot_be_written(refused, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("not a folder")
     assert "cannot be written here" in refused("train", "experiment.py", "--out", file)
+    way_out = "choose a folder that you may write to"
+    assert way_out in refused("sweep", "experiment.py", "--out", file / "sweep")
+    assert way_out in refused("quickstart", "--out", file / "quickstart")
+    assert way_out in refused("tokenizer", "train", "hindi.txt", "--out", file / "tokenizer.json")
     monkeypatch.setenv("LMX_CACHE", str(file))
-    assert "Not a directory" in refused("train", "experiment.py", "--out", tmp_path / "out")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    told = refused("train", "experiment.py", "--out", tmp_path / "out")
+    jax.config.update("jax_compilation_cache_dir", before)
+    assert f"cannot write {file / 'xla'} (LMX_CACHE): Not a directory; {way_out}" in told
 
 
 def test_a_folder_with_another_run(refused, run):
