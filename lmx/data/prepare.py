@@ -1,14 +1,13 @@
-"""From sources to batches: a tokenizer and token stores, made once and kept in a cache under the hash of what
-they are made from. A changed file, setting or tokenizer gives another hash, so nothing old is ever taken for
-new.
+"""From sources to batches: a tokenizer and token stores, made once and kept in a cache under the hash of their origin.
 
-  cache/tokenizers/<hash>/   tokenizer.json            cache/stores/<hash>/   one token store for each source
-  and part cache/parts/<hash>/        stores of some of a source's files: what is done of a source that is not
-  finished
+A changed file, setting or tokenizer gives another hash, so nothing old is ever taken for new.
 
-Every folder appears whole or not at all, and carries its artifact file. Two processes that need the same
-folder take
-turns: the second finds it made.
+  cache/tokenizers/<hash>/   tokenizer.json
+  cache/stores/<hash>/       one token store for each source and part
+  cache/parts/<hash>/        stores of some of a source's files: what is done of a source that is not finished
+
+Every folder appears whole or not at all, and carries its artifact file. Two processes that need the same folder
+take turns: the second finds it made.
 """
 
 from __future__ import annotations
@@ -109,8 +108,7 @@ class Prepared:
 
     @cached_property
     def valid(self) -> Batches:
-        """Validation rows in stored order; `valid.once()` gives each once. Whole documents always: best-fit
-        packed.
+        """Validation rows in stored order, best-fit packed always; `valid.once()` gives each once.
 
         Raises: ValueError if the data have no validation part.
         """
@@ -242,8 +240,7 @@ def _train_tokenizer(spec, parts, path, progress):
 
 
 def _store(part, tokenizer, tokenizer_path, cache, stage, progress) -> TokenStore:
-    """The token store of a part of the data. A source of many files is tokenized group by group and then
-    joined."""
+    """The token store of a part of the data; a source of many files is tokenized group by group, then joined."""
     path = cache / "stores" / part.key(tokenizer.hash)
     with _made_once(path, cache) as missing:
         if missing:

@@ -1,5 +1,4 @@
-"""Where documents come from. A source is a value that can be read any number of times and never lies in
-memory whole.
+"""Where documents come from: a source is a value that can be read any number of times, and never whole in memory.
 
 A document is a dict {"text": str, "id": str}. One longer than about a megabyte comes in parts, one after the
 other: every part but the last has "more": True, and their texts joined are the document.

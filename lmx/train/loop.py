@@ -57,8 +57,8 @@ class Session:
             batches.close()
 
     def evaluate(self, state: State) -> dict[str, float]:
-        """Mean next-token loss in nats per token over the validation rows, or over
-        `eval_batches` batches drawn from all of them, the same at each evaluation.
+        """Mean next-token loss in nats per token over the validation rows, or over `eval_batches` batches drawn
+        from all of them, the same at each evaluation.
 
         Returns: valid/loss; valid/loss@N for each N of `eval_lengths`: the same text in rows of N tokens; and
           valid/ema_loss, that of the averaged parameters, if the optimizer keeps an average.
