@@ -14,18 +14,25 @@ from pathlib import Path
 
 from lmx import Run
 from lmx.data import Char, Data, Text
-from lmx.models import preset
-from lmx.models.presets import gpt2
-from lmx.nn import MlpConfig
+from lmx.models import TransformerConfig, preset
+from lmx.nn import AttentionConfig, MlpConfig, NormConfig
+from lmx.ops.position import Learned
 from lmx.optim import AdamW, Cosine, Linear, Muon
 
 FILE = str(Path(os.environ.get("LMX_DATA", "data"), "shakespeare", "input.txt"))
 
 
 def nanogpt() -> Run:
-    """nanoGPT's CPU shape, with its optimizer: AdamW, warmup 100, cosine to a tenth."""
+    """nanoGPT's CPU shape and recipe: no biases, exact GELU; AdamW on every matrix, warmup 100, cosine to a tenth."""
     return Run(
-        model=gpt2(d_model=128, n_layers=4, n_heads=4, max_len=64),
+        model=TransformerConfig(
+            d_model=128,
+            n_layers=4,
+            attention=AttentionConfig(4),
+            mlp=MlpConfig("gelu_exact"),
+            norm=NormConfig("layer", 1e-5),
+            position=Learned(64),
+        ),
         data=Data(
             train=(Text(FILE, span=(0.0, 0.9)),),
             valid=(Text(FILE, span=(0.9, 1.0)),),
@@ -34,7 +41,7 @@ def nanogpt() -> Run:
             batch_size=12,
             packing="concat",
         ),
-        optim=AdamW(lr=1e-3, schedule=Cosine(warmup=100, end=0.1), b2=0.99),
+        optim=AdamW(lr=1e-3, schedule=Cosine(warmup=100, end=0.1), b2=0.99, decay="*/w|embed|position_*"),
         steps=2000,
         eval_every=2000,
         save_every=2000,

@@ -5,17 +5,20 @@ A folder `x` carries `x/artifact.json`; a file `y.json` carries `y.json.artifact
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 FILE = "artifact.json"
 OWN = re.compile(r"(^|\.)artifact\.json(\.\d+\.tmp)?$")
+JOINERS = "\u200c\u200d"
 SET = "files"
 """Kind of an artifact that stands for many files, by a hash that is not that of its path."""
 
@@ -46,7 +49,8 @@ def record(
     Raises: FileNotFoundError if `path` or a parent does not exist.
     """
     path = Path(path)
-    made = Artifact(kind, hash_path(path), str(at or path), facts or {}, tuple(find(p) for p in made_from))
+    where = str(Path(at or path).absolute())
+    made = Artifact(kind, hash_path(path), where, facts or {}, tuple(find(p) for p in made_from))
     target = _file_of(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     partial.write_text(json.dumps(asdict(made), indent=1, ensure_ascii=False), encoding="utf-8")
@@ -82,6 +86,27 @@ def ancestors(made: Artifact) -> Iterator[Artifact]:
         yield from ancestors(parent)
 
 
+@contextmanager
+def alone(path: Path, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes from the same block: a lock on a file at `path` that ends with the process at the latest.
+
+    Raises: ValueError if another process holds it and `wait` is not set.
+    """
+    with path.open("a+", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read(20).strip() or "?"
+            raise ValueError(
+                f"{path.parent} is in use by process {holder}; wait until it ends, or choose another folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
 def explain(path: str | Path, check_parents: bool = False) -> str:
     """The ancestry of an artifact as an indented tree, from itself down to raw files.
 
@@ -96,7 +121,7 @@ def explain(path: str | Path, check_parents: bool = False) -> str:
         raise FileNotFoundError(f"{path}: no artifact here ({_file_of(path)} is missing)")
     lines: list[str] = []
     _describe(found, path, 0, lines, set(), check_parents)
-    return "\n".join(lines)
+    return "\n".join("".join(c if c.isprintable() or c in JOINERS else "\ufffd" for c in x) for x in lines)
 
 
 def hash_path(path: str | Path) -> str:
@@ -129,9 +154,10 @@ def _file_of(path: Path) -> Path:
 
 
 def _raw(path: Path) -> Artifact:
+    where = str(path.absolute())
     if path.is_dir():
-        return Artifact("folder", hash_path(path), str(path))
-    return Artifact("file", hash_path(path), str(path), {"bytes": path.stat().st_size})
+        return Artifact("folder", hash_path(path), where)
+    return Artifact("file", hash_path(path), where, {"bytes": path.stat().st_size})
 
 
 def _from_json(found: dict) -> Artifact:

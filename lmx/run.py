@@ -56,6 +56,8 @@ class Run:
         for name in ("steps", "n_micro", "eval_every", "save_every", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Run: {name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"Run: seed={self.seed} is outside 0 to 2**32 - 1")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ValueError(f"Run: eval_batches={self.eval_batches} must be at least 1, or None for all")
         if any(length < 1 for length in self.eval_lengths):
@@ -107,7 +109,11 @@ def load(path: str | Path) -> Run:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no saved run here")
-    return values.parse(path.read_text(encoding="utf-8"), Run, str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    return values.parse(text, Run, str(path))
 
 
 def _in_shares(value: Any, steps: int) -> Any:
@@ -166,6 +172,8 @@ def experiment(path: str | Path) -> Experiment:
     Raises: FileNotFoundError, or ValueError if the file has no base().
     """
     path = Path(path)
+    if path.suffix != ".py":
+        raise ValueError(f"{path}: not an experiment; give a Python file, such as experiments/positions.py")
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise FileNotFoundError(
@@ -179,6 +187,11 @@ def experiment(path: str | Path) -> Experiment:
     runs = {"base": module.base()}
     if callable(getattr(module, "variants", None)):
         runs |= module.variants()
+    for name, run in runs.items():
+        if not isinstance(run, Run):
+            raise ValueError(f"{path}: {name!r} is {run!r:.99}, not a Run")
+        if name in (".", "..") or not name or set(name) & set("/\\\0"):
+            raise ValueError(f"{path}: variant {name!r} cannot name a folder; use letters, digits and spaces")
     return Experiment(path.stem, path, (module.__doc__ or "").strip(), runs)
 
 
@@ -189,5 +202,8 @@ def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"lmx_experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename}:{error.lineno}: {error.msg}") from error
     return module

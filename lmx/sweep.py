@@ -37,27 +37,36 @@ def sweep(
 ) -> Iterator[Cell]:
     """Trains every run with every seed and yields each cell as it ends. Cells that are done are not run again.
 
-    A cell that fails is recorded and does not stop the others; ask again and it is tried again from its
-    checkpoint. One that was killed, or is asked for with other settings than it was done with, is given to
-    `train` again too, which may refuse the folder.
+    A cell that fails is recorded and does not stop the others; ask again and it, or one that was killed, is
+    tried again from its checkpoint.
     Args:
       runs: by variant.
       train: (run, folder) -> anything; trains to the end, or goes on from what is in the folder. Only an
         exception that is no `Exception`, such as KeyboardInterrupt, ends the sweep.
       metric: the one the sweep's report compares.
-    Raises: ValueError if the sweep's file is damaged.
+    Raises: ValueError if the sweep's file is damaged, a cell is done with other settings, or another process
+      sweeps there.
     """
     out = Path(out)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     asked = [(replace(runs[variant], seed=seed), variant, seed) for seed in seeds for variant in runs]
-    done = {(cell.variant, cell.seed): cell for cell in read(out) if cell.status == "done"}
+    with artifact.alone(out / ".lock"):
+        yield from _sweep(asked, out, train, metric)
+
+
+def _sweep(asked: list[tuple[Any, str, int]], out: Path, train: Callable, metric: str) -> Iterator[Cell]:
+    earlier = {(cell.variant, cell.seed): cell for cell in read(out)}
     cells = []
     for run, variant, seed in asked:
         cell = Cell(variant, seed, f"{variant}/seed{seed}", run=artifact.hash_text(values.show(run)))
-        before = done.pop((variant, seed), cell)
-        cells.append(before if before.run == cell.run else cell)
-    others = list(done.values())
+        before = earlier.pop((variant, seed), cell)
+        if before.status == "done" and before.run != cell.run:
+            raise ValueError(
+                f"{out / cell.path} was done with other settings; give another folder, or remove this one"
+            )
+        cells.append(before if before.status == "done" else cell)
+    others = list(earlier.values())
     for i, (run, *_) in enumerate(asked):
         cell = cells[i]
         if cell.status != "done":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import inspect
 import math
 import types
 import typing
@@ -46,7 +47,9 @@ def parse(text: str, kind: Any, where: str = "value") -> Any:
             return _build(node, kind, where)
         except RecursionError:
             pass
-    raise ValueError(f"{where}: cannot read {_short(text)!r} as {_name(kind)}")
+        except ValueError as error:
+            raise ValueError(f"{error}{_tuple_hint(text, kind)}") from None
+    raise ValueError(f"{where}: cannot read {_short(text)!r} as {_name(kind)}{_tuple_hint(text, kind)}")
 
 
 def override(value: Any, changes: dict[str, str]) -> Any:
@@ -181,7 +184,7 @@ def _admits(kind: Any, wanted: type) -> bool:
 
 
 def _classes(kind: Any) -> list[type]:
-    """Every dataclass that a field of this type may hold."""
+    """Every dataclass that a field of this type may hold: neither abstract nor private ones."""
     found: list[type] = []
     for option in _options(kind):
         if isinstance(option, type) and typing.get_origin(option) is None:
@@ -189,9 +192,25 @@ def _classes(kind: Any) -> list[type]:
             while pending:
                 cls = pending.pop()
                 pending.extend(cls.__subclasses__())
-                if dataclasses.is_dataclass(cls) and cls not in found:
+                hidden = inspect.isabstract(cls) or cls.__name__.startswith("_")
+                if dataclasses.is_dataclass(cls) and not hidden and cls not in found:
                     found.append(cls)
     return found
+
+
+def _tuple_hint(text: str, kind: Any) -> str:
+    """The way out for text that reads as one item of the tuple that is asked for."""
+    items = [typing.get_args(option)[0] for option in _options(kind) if _is_sequence(option)]
+    if not items or text.lstrip().startswith(("(", "[")):
+        return ""
+    try:
+        return f"; write a tuple: {_short(show((parse(text, items[0]),), math.inf))}"
+    except ValueError:
+        return ""
+
+
+def _is_sequence(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple and typing.get_args(kind)[-1:] == (Ellipsis,)
 
 
 def _reads_otherwise(words: str, kind: Any) -> bool:

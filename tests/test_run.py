@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmx import optim, train, tree, values
+from lmx import artifact, optim, train, tree, values
 from lmx.data import Bpe, Data, Documents, Jsonl, Text
 from lmx.losses import Chunked, NextToken, Term, ZLoss
 from lmx.mesh import MeshConfig
@@ -217,6 +217,56 @@ def test_a_trained_model_is_read_from_its_folder(tmp_path):
         trained(tmp_path / "out", step=3)
     with pytest.raises(FileNotFoundError, match="no saved run here"):
         trained(tmp_path / "elsewhere")
+
+
+def test_a_folder_that_something_would_be_lost_in_is_refused(tmp_path):
+    session = train.session(SMALL, cache=tmp_path / "cache", devices=jax.devices()[:1])
+    foreign, early = tmp_path / "foreign", tmp_path / "early"
+    foreign.mkdir()
+    (foreign / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds tokenizer.json but no run; choose another folder"):
+        run_standard(session, foreign)
+    early.mkdir()
+    replace(session.run, optim=optim.AdamW(lr=0.5)).save(early / "run.txt")
+    (early / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(ValueError, match=r"holds another run \(optim.lr: 0.5 there"):
+        run_standard(session, early)
+    assert (early / "metrics.jsonl").read_text() and (foreign / "tokenizer.json").read_text() == "{}"
+    with artifact.alone(foreign / ".lock"), pytest.raises(ValueError, match="in use by process"):
+        run_standard(session, foreign)
+
+
+def test_evaluation_is_the_mean_over_all_tokens_of_whole_documents(tmp_path):
+    """valid/loss, its other lengths and that of the averaged parameters, from the texts themselves in float64."""
+    averaged = replace(SMALL, eval_batches=None, eval_lengths=(7,), optim=optim.AdamW(lr=0.1, ema=0.5))
+    session = train.session(averaged, cache=tmp_path / "cache", devices=jax.devices()[:1])
+    for state, _ in session.steps(session.init()):
+        pass
+    found = session.evaluate(state)
+    tokenizer = session.prepared.tokenizer
+    texts = [document["text"] for document in session.run.data.documents("valid")]
+
+    forward = jax.jit(lambda params, tokens: session.program.model.apply(params, {"tokens": tokens}).logits)
+
+    def mean(params, length):
+        nats = tokens = 0
+        for text in texts:
+            ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+            for start in range(0, len(ids) - 1, length):
+                piece = ids[start : start + length + 1]
+                padded = np.zeros((1, 32), np.int32)
+                padded[0, : len(piece) - 1] = piece[:-1]
+                logits = np.asarray(forward(params, padded), np.float64)[0, : len(piece) - 1]
+                log_z = np.log(np.exp(logits).sum(-1))
+                nats += (log_z - logits[np.arange(len(piece) - 1), piece[1:]]).sum()
+                tokens += len(piece) - 1
+        return nats / tokens
+
+    ema = optim.ema_params(state.opt_state)
+    assert found["valid/loss"] == pytest.approx(mean(state.params, 32), rel=1e-5)
+    assert found["valid/loss@7"] == pytest.approx(mean(state.params, 7), rel=1e-5)
+    assert found["valid/ema_loss"] == pytest.approx(mean(ema, 32), rel=1e-5)
+    assert len({round(x, 4) for x in found.values()}) == 3
 
 
 @dataclass(frozen=True)

@@ -146,14 +146,21 @@ def test_more_seeds_and_variants_join_what_is_done(tmp_path):
     assert few.called == [] and len(read(tmp_path)) == 9
 
 
-def test_a_cell_done_with_other_settings_is_not_taken_for_done(tmp_path):
+def test_a_cell_done_with_other_settings_is_refused_and_nothing_is_touched(tmp_path):
     list(sweep(RUNS, range(1), tmp_path, Train()))
+    before = (tmp_path / "sweep.json").read_text()
+    with pytest.raises(ValueError, match=r"high/seed0 was done with other settings; give another folder"):
+        list(sweep(RUNS | {"high": Small(lr=2.0)}, range(1), tmp_path, Train()))
+    assert (tmp_path / "sweep.json").read_text() == before
 
-    def refuse(run, folder):
-        raise ValueError(f"{folder} holds another run")
 
-    found = list(sweep(RUNS | {"high": Small(lr=2.0)}, range(1), tmp_path, refuse))
-    assert [cell.status for cell in found] == ["done", "failed"]
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    first = sweep(RUNS, range(1), tmp_path, Train())
+    next(first)
+    with pytest.raises(ValueError, match=rf"in use by process {os.getpid()}; wait"):
+        next(sweep(RUNS, range(1), tmp_path, Train()))
+    first.close()
+    assert len(list(sweep(RUNS, range(1), tmp_path, Train()))) == len(RUNS)
 
 
 @pytest.mark.parametrize(

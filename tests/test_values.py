@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import math
+import re
 import string
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -302,6 +304,47 @@ def test_two_classes_of_one_name_are_not_guessed_between():
         values.parse("Leaf()", Base)
     same[1].__module__ = "here"  # as when an experiment's file is imported again
     assert type(values.parse("Leaf()", Base)) in same
+
+
+@pytest.mark.parametrize(
+    "written, item",
+    [
+        ("s.txt", "'s.txt'"),
+        ("'s.txt'", "'s.txt'"),
+        ("corpus/*.txt", "'corpus/*.txt'"),
+        ("Circle", "Circle(radius=1.0, name=None)"),
+    ],
+)
+def test_one_item_where_a_tuple_is_asked_for_is_told_how_to_write_it(written, item):
+    with pytest.raises(ValueError, match=rf"^x: .*; write a tuple: {re.escape(f'({item},)')}$"):
+        values.parse(written, tuple[Shape | str, ...], "x")
+
+
+def test_a_broken_tuple_is_not_taken_for_an_item():
+    with pytest.raises(ValueError) as error:
+        values.parse("('s.txt'", tuple[str, ...], "x")
+    assert "write a tuple" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["Abstract", "_Private"])
+def test_abstract_and_private_classes_are_no_choices(name):
+    @dataclass(frozen=True)
+    class Abstract(ABC):
+        @abstractmethod
+        def act(self): ...
+
+    @dataclass(frozen=True)
+    class _Private(Abstract):
+        def act(self): ...
+
+    @dataclass(frozen=True)
+    class Public(_Private):
+        pass
+
+    assert values.parse("Public()", Abstract) == Public()
+    for written, kind in ((f"{name}()", Abstract), (f"({name}(),)", tuple[Abstract | str, ...])):
+        with pytest.raises(ValueError, match=rf"{name}\(\)' is not one of Public$"):
+            values.parse(written, kind)
 
 
 def test_leaves_and_diff_name_every_choice():

@@ -152,6 +152,14 @@ def changes(settings: list[str]) -> dict[str, str]:
     return dict(setting.split("=", 1) for setting in settings)
 
 
+def source_of(name: str):
+    """The source that a name, a pattern or a written source means. Raises: ValueError, FileNotFoundError."""
+    from lmx import values
+    from lmx.data import Source, source
+
+    return values.parse(name, Source, name) if re.match(r"[A-Z]\w*\(", name) else source(name)
+
+
 def _is_bug(error: Exception) -> bool:
     """Whether it tells of our own code rather than of what it was given."""
     own_import = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lmx"

@@ -1,8 +1,8 @@
 """Judges trained runs on text: perplexity per token and per word, and bits per byte, with 95 % intervals.
 
-Only bits per byte compare across tokenizers and scripts. Intervals are drawn over documents, so a text of a
-single document has none. Several runs are compared with the first, document by document, which sees
-differences that two separate intervals hide.
+Only bits per byte compare across tokenizers and scripts; text is cleaned as for training, and bytes are those
+of the cleaned text (NFC). Intervals are drawn over documents, so a text of a single document has none. Several
+runs are compared with the first, document by document, which sees differences that two separate intervals hide.
 
   lmx eval runs/quickstart/model hindi.txt english.txt        each text for itself
   lmx eval RUN                                               on what the run itself held out
@@ -39,7 +39,8 @@ MEASURES = {"perplexity": "per token", "word_perplexity": "per word", "bits_per_
 @dataclass(frozen=True)
 class Options:
     paths: tyro.conf.Positional[tuple[str, ...]]
-    """Runs' folders, and texts: files (text, .jsonl, .gz, .zst, .parquet), patterns, or tfds:name."""
+    """Runs' folders, and texts: files (text, .jsonl, .gz, .zst, .parquet), patterns, tfds:name, or a source
+    with its settings, such as "Jsonl('pairs.jsonl', field='hi')"."""
     step: str = "latest"
     """Of the checkpoint: latest, best or a number."""
     ema: bool = False
@@ -69,23 +70,29 @@ def main(argv: list[str]) -> None:
     for name in names:
         if Path(name).is_dir():
             raise ValueError(f"{name}: a folder without run.txt; for the text in it write '{name}/*.txt'")
+    for folder in folders:
+        _results(Path(folder))
     from lmx import evals
     from lmx import run as runs
     from lmx.cli.progress import Progress
+    from lmx.data.tally import Report
 
-    texts = [_named(name, asked.unit) for name in names] or [_held_out(Path(folders[0]), asked.step)]
+    texts = [_named(name, asked.unit) for name in names] or [_held_out(folders, asked.step)]
     measured = {}
+    lossy = []
     for folder in folders:
         step = cli.step_of(Path(folder), asked.step)
         model = runs.trained(folder, step, asked.ema)
         seq_len = asked.seq_len or model.run.data.seq_len
+        lossy += [] if model.tokenizer.lossless else [folder]
         for text in texts:
+            report = Report()
             with Progress() as progress:
                 stage = f"{folder} on {text.name}"
                 measured[folder, text.name] = evals.perplexity(
                     model.model,
                     model.params,
-                    _whole(progress.watch(text.data.documents(text.part), stage, None)),
+                    _whole(progress.watch(text.data.documents(text.part, report), stage, None)),
                     model.tokenizer,
                     seq_len=seq_len,
                     stride=asked.stride,
@@ -95,6 +102,8 @@ def main(argv: list[str]) -> None:
                 )
             how = f"step {step}{', averaged' * asked.ema}, {seq_len} tokens"
             how += f", stride {asked.stride}" if asked.stride else ""
+            how += f", by {asked.unit}" if names and asked.unit != "paragraph" else ""
+            report.warn(text.name)
             _keep(Path(folder), step, f"{text.name}: {how}", measured[folder, text.name], text)
     first, *others = folders
     differences = {
@@ -108,6 +117,10 @@ def main(argv: list[str]) -> None:
         print(json.dumps(_plain(measured, differences, first), indent=1, ensure_ascii=False))
     else:
         _print(measured, differences, first)
+        if names and any(x.n_documents == 1 for x in measured.values()):
+            print("\none document has no interval; --unit line makes a document of each line")
+        for folder in lossy:
+            print(f"\n{folder}: its tokenizer loses words it does not know, so only others like it compare")
 
 
 class _Text(NamedTuple):
@@ -126,19 +139,25 @@ class _Text(NamedTuple):
 
 
 def _named(name: str, unit: str) -> _Text:
-    from lmx.data import Data, Text, source
+    from lmx.data import Data, Text
 
-    found = source(name)
+    found = cli.source_of(name)
     found = replace(found, unit=unit) if isinstance(found, Text) else found
+    found.artifacts()
     return _Text(name, Data(train=(found,), valid_share=0.0), "train")
 
 
-def _held_out(folder: Path, step: str) -> _Text:
+def _held_out(folders: list[str], step: str) -> _Text:
+    """What the first run held out, if the others held out the same."""
     from lmx import artifact
     from lmx import run as runs
     from lmx.train.checkpoint import FOLDER
 
+    folder, *others = map(Path, folders)
     data = runs.load(folder / "run.txt").data
+    for other in others:
+        if _valid(runs.load(other / "run.txt").data) != _valid(data):
+            raise ValueError(f"{other} held out other text than {folder}; name a text to judge them on")
     if not (data.valid or data.valid_share):
         raise ValueError(f"{folder} held nothing out; name a text to judge it on")
     text = _Text("held out", data, "valid")
@@ -151,6 +170,21 @@ def _held_out(folder: Path, step: str) -> _Text:
             f"known; name a text: lmx eval {folder} TEXT"
         )
     return text
+
+
+def _valid(data: Data) -> tuple:
+    """What decides which documents are held out."""
+    return data.valid or (data.train, data.valid_share), data.clean
+
+
+def _results(folder: Path) -> dict:
+    """What results.json holds; {} without one. Raises: ValueError if it is damaged."""
+    from lmx.report.runs import read_json
+
+    found = read_json(folder / "results.json") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / 'results.json'}: not results by name; remove it and measure again")
+    return found
 
 
 def _whole(documents: Iterable[dict]) -> Iterator[str]:
@@ -166,18 +200,18 @@ def _whole(documents: Iterable[dict]) -> Iterator[str]:
 def _keep(folder: Path, step: int, name: str, found: Perplexity, text: _Text) -> None:
     """Adds a result to the run's results.json, which names the checkpoints and texts that it comes from."""
     from lmx import artifact
-    from lmx.report.runs import read_json
     from lmx.train.checkpoint import FOLDER
 
     path = folder / "results.json"
-    results = (read_json(path) or {}) | {name: _facts(found)}
-    earlier = artifact.read(path) if path.exists() else None
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
     parents = [artifact.find(folder / FOLDER / str(step)), *text.artifacts()]
-    parents = {parent.hash: parent for parent in (*(earlier.made_from if earlier else ()), *parents)}
-    artifact.record(path, "results", parents.values())
+    with artifact.alone(folder / ".results.lock", wait=True):
+        results = _results(folder) | {name: _facts(found)}
+        earlier = artifact.read(path) if path.exists() else None
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        parents = {parent.hash: parent for parent in (*(earlier.made_from if earlier else ()), *parents)}
+        artifact.record(path, "results", parents.values())
 
 
 def _facts(found: Perplexity) -> dict:
@@ -207,8 +241,6 @@ def _print(measured: dict, differences: dict, first: str) -> None:
         for (run, text), x in measured.items()
     )
     print(Table(("run", "text", "documents", "bytes", *MEASURES.values()), rows).text())
-    if any(x.n_documents == 1 for x in measured.values()):
-        print("\none document has no interval; --unit line makes a document of each line")
     if differences:
         rows = tuple(
             (run, text, x.nats_per_word, x.bits_per_byte, _verdict(x.bits_per_byte))

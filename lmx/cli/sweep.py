@@ -52,13 +52,17 @@ def main(argv: list[str]) -> None:
 
     if asked.seeds < 1:
         raise ValueError(f"--seeds {asked.seeds}: at least 1")
+    changes = cli.changes(asked.set)
+    if "seed" in changes:
+        raise ValueError(f"--set seed={changes['seed']}: a sweep sets it; --seeds N gives 0 to N - 1")
     experiment = runs.experiment(asked.file)
     names = asked.variants or tuple(v for v in experiment.runs if v != "base" or len(experiment.runs) == 1)
-    changes = cli.changes(asked.set)
     chosen = {}
     for name in names:
         run = experiment.variant(name)
         chosen[name] = (run.tiny() if asked.tiny else run).override(changes)
+        if asked.metric not in (measured := training.metric_names(chosen[name])):
+            raise ValueError(f"--metric {asked.metric}: {name} measures {', '.join(measured)}")
     out = asked.out or Path("runs", experiment.name, cli.folder_name("sweep", asked.tiny, changes))
     total = len(chosen) * asked.seeds
 

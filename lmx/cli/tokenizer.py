@@ -133,6 +133,7 @@ def train(asked: Train) -> None:
     with Progress() as progress:
         texts = _Texts(asked.texts, progress, str(spec))
         tokenizer = spec.train(document["text"] for document in texts)
+    texts.report.warn("the texts")
     path = tokenizer.save(asked.out)
     artifact.record(path, "tokenizer", texts.artifacts(), {**tokenizer.facts, "spec": repr(spec)})
     print(f"{path}: {tokenizer}")
@@ -166,16 +167,20 @@ class _Texts:
     """The documents of named sources, cleaned as for training, as often as they are asked for."""
 
     def __init__(self, names: tuple[str, ...], progress=None, stage: str = ""):
-        from lmx.data import Data, source
+        from lmx.data import Data
+        from lmx.data.tally import Report
 
         if not names:
             raise ValueError("give at least one text file, pattern or tfds:name")
-        self._sources = tuple(map(source, names))
+        self._sources = tuple(map(cli.source_of, names))
         self._data = Data(train=self._sources, valid_share=0.0)
         self._progress, self._stage = progress, stage
+        self.report = Report()
 
     def __iter__(self) -> Iterator[dict]:
-        documents = self._data.documents("train")
+        """Counts what is left out in `report`, which begins anew each time."""
+        self.report = Report()
+        documents = self._data.documents("train", self.report)
         if self._progress is None:
             return documents
         return self._progress.watch(documents, self._stage, self._bytes())

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,32 +21,21 @@ from lmx.text.graphemes import clusters, split_complete
 from .tally import Report
 
 BLOCK = 1 << 20
+SETTLED_SECONDS = 2.0
 _hashes: dict[str, str] = {}
 
 
 def expand(path: str | Sequence[str]) -> tuple[Path, ...]:
-    """The files that paths and patterns (`*`, `?`, `[...]`, `**`) stand for, sorted within each pattern.
+    """The files that paths and patterns (`*`, `?`, `[...]`, `**`) stand for, sorted within each pattern; a file
+    that is named again, by whatever path, comes once.
 
-    Raises: FileNotFoundError naming what is near, ValueError for a folder.
+    Raises: FileNotFoundError naming what is near, ValueError for a folder or a pipe.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for one in (path,) if isinstance(path, str | os.PathLike) else path:
-        name = str(one)
-        if Path(name).is_dir():
-            raise ValueError(
-                f"{name} is a folder; name its files with a pattern such as {name.rstrip('/')}/*.txt"
-            )
-        if Path(name).exists():
-            found.append(Path(name))
-            continue
-        matches = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
-        if not matches:
-            folder = Path(name).parent
-            near = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
-            hint = f"; {folder} holds {', '.join(near)}" if near else f"; {folder} holds nothing"
-            raise FileNotFoundError(f"{name}: no such file{hint}")
-        found += matches
-    return tuple(found)
+        for file in _matches(str(one)):
+            found.setdefault(file.resolve(), file)
+    return tuple(found.values())
 
 
 def blocks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -90,32 +80,16 @@ def text_blocks(
     than that.
 
     Line ends of any kind become "\\n"; a byte order mark is dropped. A line that is not UTF-8 is left out and
-    counted.
+    counted; of one longer than a block, what was given before stays, as a line that ends there.
     Raises: ValueError if the file is binary, is UTF-16, or is damaged.
     """
-    name = str(path)
     begin, end = _span_bytes(path, span)
-    number, rest, carriage = 1, b"", False
     endings: set[str] = set()
-    for block in _text_bytes(path, begin, end):
-        if carriage:
-            block = b"\r" + block
-        carriage = block.endswith(b"\r")
-        block = block[:-1] if carriage else block
-        rest += _newlines(block, endings)
-        cut = rest.rfind(b"\n") + 1
-        if not cut and len(rest) >= BLOCK:
-            cut = _character_start(rest, len(rest) - 4)
-        if cut:
-            yield from _decoded(name, number, rest[:cut], report)
-            number += rest.count(b"\n", 0, cut)
-            rest = rest[cut:]
-    if carriage:
-        rest += _newlines(b"\r", endings)
-    if rest:
-        yield from _decoded(name, number, rest, report)
+    place = _place(path, begin) if begin else (1, 0)
+    stretches = _stretches(_lf_blocks(_text_bytes(path, begin, end), endings))
+    yield from _decoded(str(path), stretches, place, report)
     if len(endings) > 1:
-        report.note("mixed_line_endings", f"{name} has {' and '.join(sorted(endings))}; all read as LF")
+        report.note("mixed_line_endings", f"{path} has {' and '.join(sorted(endings))}; all read as LF")
 
 
 def pieces(stretches: Iterable[str]) -> Iterator[str]:
@@ -166,11 +140,14 @@ def refuse_binary(path: Path, block: bytes) -> None:
 
 
 def hash_of(path: Path) -> str:
-    """sha256 of a file or folder; remembered by (path, size, modification time)."""
-    key = _hash_key(path)
-    if key not in _hashes:
-        _hashes[key] = artifact.hash_path(path)
-    return _hashes[key]
+    """sha256 of a file or folder, remembered by the path, inode, size and times of each file. That of a file
+    changed in the last two seconds is not: a clock that coarse would give the next change the same time."""
+    key, changed = _state(path)
+    settled = time.time() - changed > SETTLED_SECONDS
+    found = _hashes.get(key) or artifact.hash_path(path)
+    if settled:
+        _hashes[key] = found
+    return found
 
 
 def load_hashes(path: Path) -> None:
@@ -192,6 +169,26 @@ def save_hashes(path: Path) -> None:
 
 class _Damaged(Exception):
     pass
+
+
+def _matches(name):
+    """The files that one path or pattern stands for, sorted."""
+    path = Path(name)
+    if path.is_dir():
+        raise ValueError(
+            f"{name} is a folder; name its files with a pattern such as {name.rstrip('/')}/*.txt"
+        )
+    if path.is_file():
+        return [path]
+    if path.exists():
+        raise ValueError(
+            f"{name} is a pipe or a device, but a source is read more than once; write it to a file first"
+        )
+    matches = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+    if not matches:
+        near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{name}: no such file; {path.parent} holds {', '.join(near) or 'nothing'}")
+    return matches
 
 
 _PRINTABLE = bytes(sorted({7, 8, 9, 10, 12, 13, 27, *range(32, 256)} - {127}))
@@ -242,9 +239,19 @@ def _text_bytes(path, begin, end):
         yield block
 
 
+def _lf_blocks(blocks, endings):
+    """The blocks with every line end as LF; adds the kinds it saw to `endings`."""
+    carriage = b""
+    for block in blocks:
+        block = carriage + block
+        carriage = b"\r" if block.endswith(b"\r") else b""
+        yield _newlines(block.removesuffix(carriage), endings)
+    if carriage:
+        yield _newlines(carriage, endings)
+
+
 def _newlines(block, endings):
-    """A block that does not end within CR LF, with every line end as LF; adds the kinds it saw to
-    `endings`."""
+    """A block that does not end within CR LF, with every line end as LF."""
     if b"\r" not in block:
         if b"\n" in block:
             endings.add("LF")
@@ -256,30 +263,73 @@ def _newlines(block, endings):
     return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
-def _decoded(name, number, data, report):
+def _place(path, begin):
+    """(line number, bytes of that line) before a byte of the file."""
+    number, column = 1, 0
+    for block in _lf_blocks(_text_bytes(path, 0, begin), set()):
+        number += block.count(b"\n")
+        column = _column(block, column)
+    return number, column
+
+
+def _column(data, column):
+    """How many bytes of its last line have been read after `data`, `column` before it."""
+    return len(data) - 1 - data.rfind(b"\n") if b"\n" in data else column + len(data)
+
+
+def _stretches(blocks):
+    """The same bytes cut after line ends, but within a line, between characters, where it fills a block."""
+    rest = b""
+    for block in blocks:
+        rest += block
+        cut = rest.rfind(b"\n") + 1
+        if not cut and len(rest) >= BLOCK:
+            cut = _character_start(rest, len(rest) - 4)
+        if cut:
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _decoded(name, stretches, place, report):
+    """(line number, text) of the stretches, without the lines that are not UTF-8.
+
+    place: the line number and the bytes of that line before the first stretch.
+    """
+    number, column = place
+    flaw, lost, begun = "", 0, False
+    for data in stretches:
+        for line in data.splitlines(keepends=True) if flaw or _flaw(data) else [data]:
+            ends = line.endswith(b"\n")
+            flaw = flaw or _flaw(line, column)
+            if not flaw:
+                yield number, line.decode("utf-8")
+                begun = not ends
+            else:
+                lost += len(line)
+                if ends:
+                    report.skip("invalid_utf8", f"{name}:{number} ({flaw}; {lost:,} bytes left out)")
+                    if begun:
+                        yield number, "\n"
+                    flaw, lost, begun = "", 0, False
+            number, column = number + line.count(b"\n"), _column(line, column)
+    if flaw:
+        report.skip("invalid_utf8", f"{name}:{number} ({flaw}; {lost:,} bytes left out)")
+
+
+def _flaw(data, column=0):
+    """Why bytes that follow `column` others of their line are not UTF-8; "" if they are."""
     try:
-        yield number, data.decode("utf-8")
-        return
-    except UnicodeDecodeError:
-        pass
-    good, start = [], number
-    for i, line in enumerate(data.splitlines(keepends=True), number):
-        try:
-            good.append(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            report.skip("invalid_utf8", f"{name}:{i} ({error.reason}, byte {error.start} of the line)")
-            if good:
-                yield start, "".join(good)
-            good, start = [], i + 1
-    if good:
-        yield start, "".join(good)
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"{error.reason}, byte {column + error.start:,} of the line"
+    return ""
 
 
 def _character_start(data, at):
-    """The last index <= at where a UTF-8 character starts."""
-    while at > 0 and data[at] & 0xC0 == 0x80:
-        at -= 1
-    return at
+    """The last index <= at where a UTF-8 character starts; `at` if none of the four last is such."""
+    return next((i for i in range(at, max(at - 4, 0), -1) if data[i] & 0xC0 != 0x80), at)
 
 
 def _span_bytes(path, span):
@@ -312,7 +362,10 @@ def _aligned(f, at, size):
     return place
 
 
-def _hash_key(path):
+def _state(path):
+    """(a name for what the file system says of a file or folder, when that last changed)."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+    stats = [(str(p.resolve()), p.stat()) for p in files]
+    facts = [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
+    changed = max((s.st_ctime for _, s in stats), default=0.0)
+    return hashlib.sha256(repr(facts).encode()).hexdigest(), changed

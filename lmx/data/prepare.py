@@ -64,7 +64,7 @@ class Data:
     def __post_init__(self):
         for name in ("train", "valid"):
             if isinstance(getattr(self, name), str | Source):
-                raise TypeError(
+                raise ValueError(
                     f"Data: {name}={getattr(self, name)!r:.99} is one source; write a tuple: ({name}_source,)"
                 )
         if not 0.0 <= self.valid_share < 1.0:
@@ -245,11 +245,13 @@ def _store(part, tokenizer, tokenizer_path, cache, stage, progress) -> TokenStor
     with _made_once(path, cache) as missing:
         if missing:
             meter = _Meter(progress, stage, _total([part]))
-            groups = part.source.groups(GROUP_BYTES)
-            if not path.is_dir() and len(groups) == 1:
-                _write(path, part, tokenizer, meter)
+            groups = _groups(part, tokenizer, cache)
+            if not path.is_dir() and groups:
+                _join(path, groups, tokenizer, cache, meter)
             elif not path.is_dir():
-                _join(path, [replace(part, source=group) for group in groups], tokenizer, cache, meter)
+                _write(path, part, tokenizer, meter)
+            for partial, _ in groups:
+                _remove(partial, cache)
             meta = TokenStore(str(path)).meta
             facts = {k: v for k, v in meta.items() if k not in ("report", "version")} | {
                 "source": part.source.label
@@ -257,6 +259,14 @@ def _store(part, tokenizer, tokenizer_path, cache, stage, progress) -> TokenStor
             with explained(path):
                 artifact.record(path, "corpus", [*part.source.artifacts(), tokenizer_path], facts)
     return TokenStore(str(path))
+
+
+def _groups(part, tokenizer, cache) -> list[tuple[Path, _Part]]:
+    """(where its store is kept meanwhile, the group) for each group of a source's files; none for one alone."""
+    groups = [replace(part, source=group) for group in part.source.groups(GROUP_BYTES)]
+    if len(groups) == 1:
+        return []
+    return [(cache / "parts" / group.key(tokenizer.hash), group) for group in groups]
 
 
 def _write(path, part, tokenizer, meter):
@@ -271,15 +281,12 @@ def _write(path, part, tokenizer, meter):
 def _join(path, groups, tokenizer, cache, meter):
     """Writes a store for each group of files, unless an earlier attempt has, and then all of them as one."""
     report, counts, made = Report(), dict.fromkeys(COUNTS, 0), []
-    for group in groups:
-        partial = cache / "parts" / group.key(tokenizer.hash)
-        if not partial.is_dir():
-            try:
-                _write(partial, group, tokenizer, meter)
-            except NoDocument as error:
-                report.add(error.report)
-                continue
-        made.append(TokenStore(str(partial)))
+    for partial, group in groups:
+        try:
+            made.append(_part_store(partial, group, tokenizer, cache, meter))
+        except NoDocument as error:
+            report.add(error.report)
+            continue
         report.add(Report.from_json(made[-1].meta["report"]))
         counts = {name: n + made[-1].meta[name] for name, n in counts.items()}
     if not made:
@@ -288,8 +295,20 @@ def _join(path, groups, tokenizer, cache, meter):
         for store in made:
             writer.append(store)
         writer.facts.update(counts, report=report.to_json())
-    for store in made:
-        shutil.rmtree(store.path, ignore_errors=True)
+
+
+def _part_store(partial, group, tokenizer, cache, meter) -> TokenStore:
+    """Opened under the lock: another process, that joins the same files, may remove the folder after it."""
+    with _locked(partial, cache):
+        if not partial.is_dir():
+            _write(partial, group, tokenizer, meter)
+        return TokenStore(str(partial))
+
+
+def _remove(partial, cache):
+    """Renamed first, so that the folder also disappears whole."""
+    with _locked(partial, cache), contextlib.suppress(OSError):
+        shutil.rmtree(partial.rename(partial.with_name(f".{partial.name}.removed.tmp")))
 
 
 COUNTS = ("text_bytes", "text_chars", "text_words")
@@ -340,14 +359,22 @@ def _made_once(path: Path, cache: Path) -> Iterator[bool]:
     if found is not None:
         yield False
         return
+    with _locked(path, cache):
+        yield artifact.read(path) is None
+
+
+@contextlib.contextmanager
+def _locked(path: Path, cache: Path) -> Iterator[None]:
+    """Other processes that ask for the same folder wait until the block ends. What a killed one left of it
+    half made is removed."""
     with explained(cache):
         (cache / "locks").mkdir(parents=True, exist_ok=True)
-        lock = (cache / "locks" / path.name).open("w")
+        lock = (cache / "locks" / f"{path.parent.name}-{path.name}").open("w")
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for abandoned in path.parent.glob(f".{path.name}.*.tmp"):
             shutil.rmtree(abandoned, ignore_errors=True)
-        yield artifact.read(path) is None
+        yield
 
 
 def _key(*of: str) -> str:

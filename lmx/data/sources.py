@@ -152,6 +152,11 @@ class Text(_Files):
             return None
         low, high = self.span
         middle = high - share * (high - low)
+        if not low < middle < high:
+            raise ValueError(
+                f"{self.label}: valid_share={share} holds out nothing of it; raise it, or train without "
+                "validation with valid_share=0"
+            )
         return replace(self, span=(low, middle)), replace(self, span=(middle, high))
 
     def _read_file(self, path: Path, report: Report) -> Iterator[Document]:
@@ -164,8 +169,12 @@ class Text(_Files):
         for document in documents:
             found = True
             yield document
-        if not found:
+        if not found and self.span == (0.0, 1.0):
             report.skip("empty_file", str(path))
+        elif not found:
+            report.skip(
+                "empty_span", f"{path}: span={self.span} of {path.stat().st_size:,} bytes has no text"
+            )
 
 
 @dataclass(frozen=True)
@@ -210,8 +219,8 @@ class Jsonl(_Files):
 
 @dataclass(frozen=True)
 class Parquet(_Files):
-    """Parquet files, read by batches of rows; the text is in the column `field`. Needs pyarrow:
-    lmx[parquet]."""
+    """Parquet files, read by batches of rows; the text is in the column `field`, as strings or UTF-8 bytes,
+    dictionary-encoded or not. Needs pyarrow: lmx[parquet]."""
 
     field: str = "text"
 
@@ -225,13 +234,13 @@ class Parquet(_Files):
             ) from None
         with file:
             names = file.schema_arrow.names
-            if self.field not in names:
+            if (n := names.count(self.field)) != 1:
                 raise ValueError(
-                    f"{path}: no column {self.field!r}; it has {', '.join(map(repr, names))}: "
-                    f"name the text column with Parquet(path, field=...)"
+                    f"{path}: {f'{n} columns' if n else 'no column'} {self.field!r}; it has "
+                    f"{', '.join(map(repr, names))}: name one text column with Parquet(path, field=...)"
                 )
             kind = file.schema_arrow.field(self.field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            if not _holds_text(kind, pyarrow.types):
                 raise ValueError(
                     f"{path}: column {self.field!r} holds {kind}, not text; name another with field=..."
                 )
@@ -243,6 +252,7 @@ class Parquet(_Files):
                         row += 1
                         try:
                             text = value.as_py()
+                            text = text.decode("utf-8") if isinstance(text, bytes) else text
                         except UnicodeDecodeError as error:
                             report.skip("invalid_utf8", f"{where} ({error.reason})")
                             continue
@@ -401,6 +411,14 @@ def _grapheme_cut(text, at):
     ends = list(accumulate(map(len, clusters(text))))
     inner = ends[:-1]
     return next((end for end in inner if end >= at), inner[-1] if inner else len(text))
+
+
+def _holds_text(kind, types):
+    """Whether the values of a Parquet column are strings or bytes."""
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    bytes_ = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return any(is_of(kind) for is_of in (*strings, *bytes_))
 
 
 def _pyarrow():

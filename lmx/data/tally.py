@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field
 
 EXAMPLES = 3
@@ -49,12 +50,18 @@ class Report:
         return cls(**found)
 
     def __str__(self) -> str:
-        lines = [f"{self.documents:,} documents, {self.text_bytes:,} bytes of text"]
-        for word, counts in (("skipped", self.skipped), ("noted", self.noted)):
-            for reason, n in counts.items():
-                places = "; ".join(self.examples.get(reason, ()))
-                lines.append(f"{word} {n:,} {reason.replace('_', ' ')}" + (f": {places}" if places else ""))
-        return "\n".join(lines)
+        head = f"{self.documents:,} documents, {self.text_bytes:,} bytes of text"
+        return "\n".join((head, *self._lines("skipped", self.skipped), *self._lines("noted", self.noted)))
+
+    def warn(self, of: str) -> None:
+        """Warns, in one line that begins with `of`, if anything was left out."""
+        if self.skipped:
+            warnings.warn(f"{of}: {'; '.join(self._lines('skipped', self.skipped))}", stacklevel=2)
+
+    def _lines(self, word, counts):
+        for reason, n in counts.items():
+            places = "; ".join(self.examples.get(reason, ()))
+            yield f"{word} {n:,} {reason.replace('_', ' ')}" + (f": {places}" if places else "")
 
     def _remember(self, reason, where):
         places = self.examples.setdefault(reason, [])

@@ -11,6 +11,7 @@ every id, so that a stream can put characters together itself.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ _ROLES = {
     "eos_token": (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
     "unk_token": (UNK, "<unk>", "[UNK]"),
 }
+MAX_VOCAB = 1 << 24
 _BYTE_PIECE = regex.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -45,22 +47,29 @@ class Tokenizer:
       masked, so any id serves.
     """
 
-    def __init__(self, rust: tokenizers.Tokenizer, roles: Mapping[str, str | None] | None = None):
+    def __init__(
+        self,
+        rust: tokenizers.Tokenizer,
+        roles: Mapping[str, str | None] | None = None,
+        name: str = "the tokenizer",
+    ):
         """roles: "bos_token", "eos_token", "pad_token", "unk_token" -> the token, or None for a tokenizer
-        that has none; a role not named is found by its usual names."""
+        that has none; a role not named is found by its usual names. name: what errors call it."""
         rust.no_truncation()
         rust.no_padding()
         rust.encode_special_tokens = True
         layout = json.loads(rust.to_str())
         vocab = rust.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise ValueError(f"{name} has an empty vocabulary; train it again, or give another")
         roles = roles or {}
         self.roles = {
             role: roles.get(role) if role in roles else _find(names, vocab) for role, names in _ROLES.items()
         }
         for role, token in self.roles.items():
             if token is not None and token not in vocab:
-                raise ValueError(f"{role} {token!r} is not in the vocabulary of {len(vocab)} tokens")
-        self._rust = rust
+                raise ValueError(f"{name}: {role} {token!r} is not in the vocabulary of {len(vocab)} tokens")
+        self._rust, self._name = rust, name
         self.kind = _kind(layout)
         self.vocab_size = max(vocab.values()) + 1
         self.lossless = _lossless(layout, vocab)
@@ -83,14 +92,10 @@ class Tokenizer:
 
         Raises: FileNotFoundError; ValueError for a file that is not a tokenizer.json.
         """
-        path = Path(path)
-        config = {}
+        path, roles = Path(path), {}
         if path.is_dir():
-            config = (
-                _read_json(path / "tokenizer_config.json")
-                if (path / "tokenizer_config.json").exists()
-                else {}
-            )
+            config = path / "tokenizer_config.json"
+            roles = _roles_of(config) if config.exists() else {}
             path = path / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(
@@ -99,14 +104,13 @@ class Tokenizer:
         layout = _read_json(path)
         if "model" not in layout:
             raise ValueError(f"{path} has no 'model', so it is no tokenizer.json; {_WAY_OUT}")
-        try:
-            rust = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-        except Exception as error:  # the Rust library raises plain Exception
-            raise ValueError(
-                f"{path} is JSON, but no tokenizer that tokenizers {tokenizers.__version__} knows "
-                f"({str(error).splitlines()[0]}); {_WAY_OUT}"
-            ) from error
-        return cls(rust, {role: _content(config[role]) for role in _ROLES if role in config})
+        problem = f"{path} is JSON, but no tokenizer that tokenizers {tokenizers.__version__} knows"
+        with _told(problem, _WAY_OUT):
+            largest = _largest_id(layout)
+        if largest >= MAX_VOCAB:
+            raise ValueError(f"{path}: token id {largest} is not below {MAX_VOCAB:,}; {_WAY_OUT}")
+        with _told(problem, _WAY_OUT):
+            return cls(tokenizers.Tokenizer.from_str(path.read_text("utf-8")), roles, str(path))
 
     def save(self, path: str | Path) -> Path:
         """Writes the tokenizer; returns the path of the tokenizer.json. A file appears whole or not at all.
@@ -143,24 +147,20 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, encoded in parallel.
 
-        Raises: ValueError for a text with a lone surrogate, which has no UTF-8.
+        Raises: ValueError for a text with a lone surrogate, which has no UTF-8, and for one that the file's
+          own rules cannot encode, as without an unknown token.
         """
         if self._first_byte is not None:
             return [[byte + self._first_byte for byte in _utf8(text)] for text in texts]
-        try:
-            batch = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:
-            for text in texts:
-                _utf8(text)
-            raise
-        ids = [encoding.ids for encoding in batch]
+        ids = self._ids(texts)
         return [i if self._special.keys().isdisjoint(i) else self._spell(text) for i, text in zip(ids, texts)]
 
     def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD. specials: also show special tokens."""
         ids = [int(i) for i in ids]
         if not self._joins:
-            return self._rust.decode(ids, skip_special_tokens=not specials)
+            with _told(f"{self._name} cannot decode these ids", _OTHER):
+                return self._rust.decode(ids, skip_special_tokens=not specials)
         shown = self._special if specials else {}
         pieces = (shown[i].encode() if i in shown else self.token_bytes(i) for i in ids)
         return b"".join(pieces).decode("utf-8", "replace")
@@ -193,7 +193,8 @@ class Tokenizer:
             ends = list(accumulate((len(self._bytes[i]) for i in ids), initial=0))
             return list(zip(ids, ends, ends[1:]))
         at = list(accumulate((len(char.encode()) for char in text), initial=0))
-        encoding = self._rust.encode(text, add_special_tokens=False)
+        with _told(f"{self._name} cannot encode this text", _OTHER):
+            encoding = self._rust.encode(text, add_special_tokens=False)
         return [(i, at[start], at[end]) for i, (start, end) in zip(encoding.ids, encoding.offsets)]
 
     @property
@@ -213,14 +214,24 @@ class Tokenizer:
         token = self.roles[role]
         return None if token is None else self._rust.token_to_id(token)
 
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids that the library alone gives each text."""
+        with _told(f"{self._name} cannot encode this text", _OTHER):
+            try:
+                batch = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+            except TypeError:
+                for text in texts:
+                    _utf8(text)
+                raise
+        return [encoding.ids for encoding in batch]
+
     def _spell(self, text: str) -> list[int]:
         """Encodes a text in which the model, left alone, would find special tokens, as models that keep them
         among their pieces do: cuts it after the first character of each name, so that none is whole."""
         names = regex.compile("|".join(regex.escape(name) for name in self._special.values()))
         cuts = [match.start() + 1 for match in names.finditer(text, overlapped=True)]
         parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-        batch = self._rust.encode_batch_fast(parts, add_special_tokens=False)
-        ids = [i for encoding in batch for i in encoding.ids]
+        ids = [i for part in self._ids(parts) for i in part]
         found = self._special.keys() & set(ids)
         if found:
             names = ", ".join(repr(self._special[i]) for i in sorted(found))
@@ -233,6 +244,22 @@ class Tokenizer:
 _WAY_OUT = (
     "`Tokenizer.save` and HF's `save_pretrained` write such files (a sentencepiece .model is another format)"
 )
+_OTHER = "mend the file, for example with an unknown token, or use another tokenizer"
+
+
+@contextlib.contextmanager
+def _told(what: str, way_out: str) -> Iterator[None]:
+    """Turns what the Rust library raises, plain Exceptions and panics, and what a file of another shape makes
+    of our own code, into a ValueError. A ValueError of the block stays as it is."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what} ({said:.200}); {way_out}") from error
 
 
 def byte_alphabet() -> list[str]:
@@ -254,14 +281,31 @@ def _find(names: Iterable[str], vocab: Mapping[str, int]) -> str | None:
     return next((name for name in names if name in vocab), None)
 
 
-def _content(token: str | dict | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+def _roles_of(path: Path) -> dict[str, str | None]:
+    """The roles that a tokenizer_config.json names, and their tokens."""
+    config = _read_json(path)
+    roles = {role: config[role] for role in _ROLES if role in config}
+    for role, token in roles.items():
+        roles[role] = token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str) and config[role] is not None:
+            raise ValueError(
+                f"{path}: {role} is {config[role]!r:.99}; use a string, null, or an object with its 'content'"
+            )
+    return roles
+
+
+def _largest_id(layout: dict[str, Any]) -> int:
+    """Of a file that the library has not seen yet: it takes memory for every id below the largest."""
+    vocab = layout["model"].get("vocab", ())
+    ids = [*vocab.values()] if isinstance(vocab, dict) else [len(vocab) - 1]
+    ids += [token.get("id") for token in layout.get("added_tokens") or ()]
+    return max((i for i in ids if isinstance(i, int)), default=-1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); {_WAY_OUT}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; {_WAY_OUT}")

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lmx.generate.assemble import Assembler
 from lmx.generate.sampling import Sampling, choose
+from lmx.ops.mask import Where, sees_next
 from lmx.weights import leaf
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -256,6 +257,12 @@ def _prompt_ids(model, tokenizer, prompts: Sequence[Prompt], max_tokens: int) ->
             raise ValueError(
                 f"prompt {i} holds token {wrong[0]}, outside the model's "
                 f"vocab_size={model.config.vocab_size}; use the tokenizer it was trained with"
+            )
+        last = Where(jnp.full((1, 1), len(ids) - 1), jnp.ones((1, 1), jnp.int32))
+        if max_tokens and bool(sees_next(model.config.attention.mask, last)[0, 0]):
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens and ends within the prefix of {model.config.attention.mask}, "
+                "whose tokens see later ones; give a longer prompt"
             )
         if limit is not None and len(ids) + max_tokens - 1 > limit:
             raise ValueError(

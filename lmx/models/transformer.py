@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -47,7 +47,7 @@ class TransformerConfig(BlockConfig):
     init_std: of embedding and input matrices; the two matrices that write to the residual stream get
     init_std / sqrt(2 n_layers) (Radford et al. 2019, section 2.3). dtype: of activations; parameters are float32.
     remat: "none", "dots" (keep matmul results) or "full" (keep layer inputs). unroll: layers per scan step;
-    None means all of them on a CPU with up to 16 layers, else 1.
+    None means all of them on a CPU with up to 16 layers and no remat, else 1.
     """
 
     vocab_size: int | None = None
@@ -82,9 +82,9 @@ class Out:
     head: Array | Weight
     softcap: float | None = static(default=None)
 
-    @property
+    @cached_property
     def logits(self) -> Float[Array, "B T V"]:
-        """Float32 sums of products in the dtype of `hidden`, computed each time they are read."""
+        """Float32 sums of products in the dtype of `hidden`, computed when first read."""
         logits = linear(self.hidden, self.head, "float32")
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
@@ -140,7 +140,11 @@ class Transformer(nn.Module):
         x = c.position.embed(x, where.positions, position_weights)
         x = nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
         x = self.constrain(x.astype(c.dtype), ROWS, None, None)
-        block = Block if c.remat == "none" else nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
+        block = Block
+        if (
+            c.remat != "none"
+        ):  # within one scan step XLA would merge what is computed again with what was there
+            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=self.unroll > 1)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -177,7 +181,8 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
         raise ValueError("TransformerConfig: vocab_size=None; set it, or let the run take the tokenizer's")
     if platform is None:
         platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-    unroll = config.unroll or (config.n_layers if platform == "cpu" and config.n_layers <= 16 else 1)
+    together = platform == "cpu" and config.n_layers <= 16 and config.remat == "none"
+    unroll = config.unroll or (config.n_layers if together else 1)
 
     def constrain(x, *axes):
         return x if mesh is None else jax.lax.with_sharding_constraint(x, fit(x.shape, axes, mesh))

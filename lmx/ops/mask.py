@@ -134,5 +134,13 @@ class SameSegment(Mask):
         return (mine == k.segment_ids[:, None, None, :]) & (mine != 0)
 
 
+def sees_next(mask: Mask, where: Where) -> Bool[Array, "B T"]:
+    """True where a token may attend to the position after its own, which holds what it is to predict."""
+    here, following = (
+        Where((where.positions + step).reshape(-1, 1), where.segment_ids.reshape(-1, 1)) for step in (0, 1)
+    )
+    return mask(here, following).reshape(where.positions.shape)
+
+
 def _distance(q: Where, k: Where) -> Int[Array, "B 1 T S"]:
     return q.positions[:, None, :, None] - k.positions[:, None, None, :]

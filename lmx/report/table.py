@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,19 +79,19 @@ class Table:
         """A <table> with a caption and scoped headers; every cell is escaped."""
         bold, right = self._bold(), self._right()
         kind = [' class="n"' if r else "" for r in right]
-        head = "".join(f'<th scope="col"{k}>{html.escape(c)}</th>' for c, k in zip(self.columns, kind))
+        head = "".join(f'<th scope="col"{k}>{escape(c)}</th>' for c, k in zip(self.columns, kind))
         lines = []
         for i, row in enumerate(self._shown()):
             cells = []
             for j, cell in enumerate(row):
-                shown = html.escape(cell)
+                shown = escape(cell)
                 shown = f"<strong>{shown}</strong>" if (i, j) in bold else shown
                 opening, closing = (
                     ('<th scope="row"', "</th>") if j == 0 and not right[0] else ("<td", "</td>")
                 )
                 cells.append(f'{opening}{kind[j]} dir="auto">{shown}{closing}')
             lines.append(f"<tr>{''.join(cells)}</tr>")
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
     def _shown(self) -> list[tuple[str, ...]]:
@@ -145,6 +146,16 @@ def _show_column(cells: Sequence[Cell]) -> list[str]:
     return [f"{c:.{decimals}f}" if isinstance(c, float) and math.isfinite(c) else show(c) for c in cells]
 
 
+def escape(text: str) -> str:
+    """Escaped for HTML; control characters become visible pictures, lone surrogates U+FFFD.
+
+    >>> escape("a<b\\x07")
+    'a&lt;b␇'
+    """
+    text = re.sub(r"[\ud800-\udfff]", "\ufffd", text.replace("\r\n", "\n"))
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", _picture, text))
+
+
 def width(text: str) -> int:
     """Terminal columns that `text` takes: 2 for East Asian wide, 0 for nonspacing marks, 1 for the rest.
 
@@ -158,6 +169,11 @@ def pad(text: str, columns: int, *, right: bool = False) -> str:
     """`text` filled with spaces to `columns` terminal columns, on its left side if `right`."""
     space = " " * max(0, columns - width(text))
     return space + text if right else text + space
+
+
+def _picture(control: re.Match) -> str:
+    code = ord(control[0])
+    return chr(0x2421 if code == 0x7F else 0x2400 + code)
 
 
 def _width(char: str) -> int:

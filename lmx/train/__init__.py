@@ -1,6 +1,6 @@
 """Training: one state, one step, one loop."""
 
-from lmx.train.loop import Session, cache_folder, session, steps
+from lmx.train.loop import Session, cache_folder, metric_names, session, steps
 from lmx.train.program import Program, batch_shapes
 from lmx.train.state import State, new_state
 from lmx.train.step import Enrich, train_step
@@ -12,6 +12,7 @@ __all__ = [
     "State",
     "batch_shapes",
     "cache_folder",
+    "metric_names",
     "new_state",
     "session",
     "steps",

@@ -89,6 +89,14 @@ class Session:
         return nats / tokens
 
 
+def metric_names(run: Any) -> tuple[str, ...]:
+    """What a run writes of each step, and what `Session.evaluate` finds."""
+    terms = tuple(run.objective) if len(run.objective) > 1 else ()
+    held_out = ("valid/loss", *(f"valid/loss@{length}" for length in run.eval_lengths))
+    averaged = ("valid/ema_loss",) if run.optim.ema is not None else ()
+    return ("loss", *terms, "grad_norm", "skipped", "tokens_per_sec", *held_out, *averaged)
+
+
 def session(
     run: Any, *, cache: str | Path | None = None, devices: list | None = None, progress=None
 ) -> Session:
@@ -100,6 +108,7 @@ def session(
     cache = Path(cache or cache_folder())
     keep_compiled(cache / "xla")
     prepared = datasets.prepare(run.data, cache / "data", seed=run.seed, progress=progress)
+    prepared.report.warn("the run's text")
     return Session(with_vocab(run, prepared.tokenizer.vocab_size), prepared, devices and tuple(devices))
 
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmx import losses, models, tree
 from lmx import mesh as meshes
+from lmx.ops.mask import Mask, Where, sees_next
 from lmx.train.state import State, new_state
 from lmx.train.step import train_step
 from lmx.weights.surgery import chain
@@ -28,6 +29,9 @@ BATCH_DTYPES = {
     "positions": np.int32,
     "segment_ids": np.int32,
 }
+
+
+EVAL_LOGITS = 1 << 25
 
 
 class Program(NamedTuple):
@@ -50,6 +54,8 @@ def program(run: Any, mesh: Mesh) -> Program:
       sharding rule.
     """
     meshes.check_batch(run.data.batch_size, run.n_micro, mesh)
+    _check_lengths(run)
+    hide = _hidden_labels(run.model.attention.mask, run.data.seq_len)
     pmap = run.mesh.pmap
     if pmap and jax.process_count() > 1:
         raise ValueError("mesh.pmap=True serves the devices of one process; set it to False with several")
@@ -61,15 +67,19 @@ def program(run: Any, mesh: Mesh) -> Program:
     shapes = jax.eval_shape(lambda: params_of(jax.random.key(0)))
     tx = run.optim.build(run.steps, tree.partition(shapes, run.trainable)[0])
 
-    def init(seed):
+    def init(seed: jax.Array) -> State:
         key = jax.random.key(seed)
         return new_state(params_of(key), run.trainable, tx, jax.random.fold_in(key, 2))
 
-    state_shapes = jax.eval_shape(init, 0)
+    state_shapes = jax.eval_shape(init, np.uint32(0))
     placed = _placed(state_shapes, mesh)
-    step = partial(
+    one_step = partial(
         train_step, apply=model.apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
     )
+
+    def step(state, batch, **more):
+        return one_step(state, hide(batch), **more)
+
     if pmap:
         step = _pmapped(step, mesh)
     else:
@@ -77,9 +87,12 @@ def program(run: Any, mesh: Mesh) -> Program:
     return Program(
         model,
         mesh,
-        jax.jit(init, static_argnums=0, out_shardings=placed),
+        lambda seed, init=jax.jit(init, out_shardings=placed): init(np.uint32(seed)),
         step,
-        jax.jit(partial(_evaluate, model.apply), out_shardings=NamedSharding(mesh, P())),
+        jax.jit(
+            lambda params, batch: _evaluate(model, params, hide(batch)),
+            out_shardings=NamedSharding(mesh, P()),
+        ),
         jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, placed),
         partial(_place, NamedSharding(mesh, meshes.BATCH)),
     )
@@ -100,9 +113,44 @@ def _placed(state: State, mesh: Mesh) -> State:
     return meshes.follow(state, params, placed, mesh)
 
 
-def _evaluate(apply, params, batch):
-    loss = losses.NextToken()(apply(params, batch), batch)
-    return (loss * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+def _check_lengths(run: Any) -> None:
+    """Raises: ValueError if rows are longer than the positions that the model can tell apart."""
+    limit = run.model.position.max_len()
+    for name, lengths in (("data.seq_len", (run.data.seq_len,)), ("eval_lengths", run.eval_lengths)):
+        for length in lengths:
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"{name}: {length} is more than {run.model.position} has positions; raise one"
+                )
+
+
+def _hidden_labels(mask: Mask, seq_len: int) -> Callable[[dict], dict]:
+    """batch -> batch whose loss_mask leaves out tokens that attend to their own label, as in a prefix.
+
+    Raises: ValueError if all of them do.
+    """
+    places = Where(jnp.arange(seq_len, dtype=jnp.int32)[None], jnp.ones((1, seq_len), jnp.int32))
+    seen = np.asarray(sees_next(mask, places))
+    if seen.all():
+        raise ValueError(
+            f"model.attention.mask={mask} shows each of {seq_len} tokens its own label; use Causal()"
+        )
+    if not seen.any():
+        return lambda batch: batch
+
+    def hide(batch):
+        seen = sees_next(mask, Where(batch["positions"], batch["segment_ids"]))
+        return batch | {"loss_mask": jnp.where(seen, 0.0, batch["loss_mask"])}
+
+    return hide
+
+
+def _evaluate(model, params, batch):
+    """(nats, tokens) summed; logits of a few rows at most exist at once."""
+    n_rows = batch["tokens"].shape[0]
+    loss = losses.Chunked(losses.NextToken(), max(16, EVAL_LOGITS // (n_rows * model.config.vocab_size)))
+    nats = loss(model.apply(params, batch), batch)
+    return (nats * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
 
 
 def _place(sharding, batch):

@@ -20,6 +20,7 @@ from lmx import values
 
 PACKAGES = ("lmx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "libtpu")
 MOST = 200
+FILES = ("tokenizer.json", "data.json", "environment.json", "overrides.json", "source.py", "metrics.jsonl")
 
 
 def record(
@@ -46,7 +47,13 @@ def record(
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
     _json(out / "environment.json", environment)
-    data = {"train": prepared.train.fingerprint, "tokenizer": prepared.tokenizer.hash, "seed": run.seed}
+    data = {
+        "train": prepared.train.fingerprint,
+        "tokenizer": prepared.tokenizer.hash,
+        "seed": run.seed,
+        "padding_share": prepared.train.padding_share,
+        "text": prepared.report.to_json(),
+    }
     _json(out / "data.json", data)
     if base is not None:
         changed = {k: v for k, v in values.diff(base, run).items() if k != "model.vocab_size"}

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lmx import artifact, models, values
+from lmx.data.store import explained
 from lmx.optim import lr_at
 from lmx.train import stored
 from lmx.train.checkpoint import FOLDER, Checkpoints, steps
 from lmx.train.loop import Session, to_host
 from lmx.train.metrics import JsonLines, Meter, Sink
-from lmx.train.record import record
+from lmx.train.record import FILES, record
 from lmx.train.state import State
 
 RESUMABLE = ("mesh", "eval_every", "eval_batches", "eval_lengths", "save_every", "keep", "max_skips")
@@ -60,10 +61,17 @@ def run(
       source: the experiment file, copied beside the results.
       base: the run that this one varies; what differs is written beside the results.
     A checkpoint that cannot be written, but for the last, is a warning: training goes on and the next one is tried.
-    Raises: ValueError if `out` holds another run; OSError if it cannot be written; Diverged after
-      `max_skips` updates in a row that are not finite.
+    Raises: ValueError if `out` holds another run, or another process trains there; OSError if it cannot be
+      written; Diverged after `max_skips` updates in a row that are not finite.
     """
     out = Path(out)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with artifact.alone(out / ".lock") if jax.process_index() == 0 else nullcontext():
+        return _run(session, out, sinks, source, base)
+
+
+def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None, base: Any) -> Result:
     plan, prepared = session.run, session.prepared
     origin = artifact.Artifact("run", artifact.hash_text(values.show(plan) + "\n"), str(out / "run.txt"))
     checkpoints = Checkpoints(out / FOLDER, keep=plan.keep, made_from=(*prepared.made_from, origin))
@@ -126,7 +134,11 @@ def run(
                 if last or stopping or step % plan.eval_every == 0 or step % plan.save_every == 0:
                     flush()
                 if prepared.valid_stores and (last or step % plan.eval_every == 0):
-                    evaluate(step)
+                    try:
+                        evaluate(step)
+                    except Exception:  # whatever it is, what was trained is worth keeping
+                        save(step)
+                        raise
                 if last or stopping or step % plan.save_every == 0:
                     save(step)
                 if stopping:
@@ -145,10 +157,25 @@ def run(
 def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State, int]:
     """The newest checkpoint's state, if it is of this run, or a fresh one."""
     if checkpoints.latest() is None:
+        _check_free(session, out)
         return session.init(), 0
     state, meta = checkpoints.restore(session.program.shapes)
     _check_same(session, int(state.step), meta, out)
     return state, int(state.step)
+
+
+def _check_free(session: Session, out: Path) -> None:
+    """That a folder without a checkpoint loses nothing to this run.
+
+    Raises: ValueError if it holds steps of another run, or files of the names a run writes.
+    """
+    saved = out / "run.txt"
+    if not saved.exists():
+        others = [name for name in FILES if (out / name).exists()]
+        if others:
+            raise ValueError(f"{out} holds {others[0]} but no run; choose another folder")
+    elif (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
+        _check_settings(session, saved.read_text(encoding="utf-8"), 0, out)
 
 
 def finished(session: Session, out: str | Path) -> bool:
@@ -164,10 +191,18 @@ def finished(session: Session, out: str | Path) -> bool:
 
 
 def _check_same(session: Session, step: int, meta: dict, out: Path) -> None:
-    """A run may get other `steps` as long as the learning rates of the steps that it has taken stay the same."""
-    saved, asked = (
-        values.parse(text, type(session.run), str(out)) for text in (meta["run"], values.show(session.run))
-    )
+    _check_settings(session, meta["run"], step, out)
+    if meta["data"]["fingerprint"] != session.prepared.train.fingerprint:
+        raise ValueError(f"{out}: its data has changed since it was started; choose another folder")
+
+
+def _check_settings(session: Session, text: str, step: int, out: Path) -> None:
+    """A run may get other `steps` as long as the learning rates of the `step` updates it has made stay the same.
+
+    Raises: ValueError that names what differs from the run saved as `text`.
+    """
+    kind = type(session.run)
+    saved, asked = (values.parse(run, kind, str(out)) for run in (text, values.show(session.run)))
     changed = {k: v for k, v in values.diff(saved, asked).items() if k.split(".")[0] not in RESUMABLE}
     if set(changed) == {"steps"} and step < session.run.steps:
         before, after = (_rates(run, step) for run in (saved, session.run))
@@ -176,8 +211,6 @@ def _check_same(session: Session, step: int, meta: dict, out: Path) -> None:
     if changed:
         listed = "; ".join(f"{path}: {a!r:.99} there, {b!r:.99} asked" for path, (a, b) in changed.items())
         raise ValueError(f"{out} holds another run ({listed}); choose another folder or the same settings")
-    if meta["data"]["fingerprint"] != session.prepared.train.fingerprint:
-        raise ValueError(f"{out}: its data has changed since it was started; choose another folder")
 
 
 def _rates(run: Any, step: int) -> np.ndarray:

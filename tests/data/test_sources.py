@@ -1,9 +1,12 @@
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
 import textwrap
+import time
+import tracemalloc
 import unicodedata
 from itertools import pairwise
 
@@ -123,6 +126,45 @@ def test_lines_that_are_not_utf8_are_counted_with_their_place_and_the_rest_is_ke
         assert report.skipped == {"invalid_utf8": 2}
         assert report.examples["invalid_utf8"][0].startswith(f"{path}:2 ")
         assert report.examples["invalid_utf8"][1].startswith(f"{path}:4 ")
+
+
+@pytest.mark.parametrize("end", [b"", b"\nlast line\n"])
+def test_a_bad_byte_in_a_line_of_many_blocks_ends_that_line_and_says_how_many_bytes_are_lost(tmp_path, end):
+    """Nothing that follows it in the line is joined to what came before."""
+    path = tmp_path / "a.txt"
+    words = b"".join(b"%d " % i for i in range(800_000))
+    at = len(words) // 2
+    path.write_bytes(b"first\n" + words[:at] + b"\xff" + words[at:] + end)
+    kept, report = read(Text(str(path), unit="line"))
+    assert kept[0] == "first" and kept[2:] == end.decode().split("\n")[1:2]
+    assert words.startswith(kept[1].encode()) and at - files.BLOCK <= len(kept[1]) <= at
+    lost = f"{len(words) + 1 + bool(end) - len(kept[1]):,} bytes left out"
+    assert report.skipped == {"invalid_utf8": 1}
+    (place,) = report.examples["invalid_utf8"]
+    assert place.startswith(f"{path}:2 ") and f"byte {at:,} of the line; {lost}" in place
+    (whole_file,), _ = read(Text(str(path)))
+    assert whole_file.rstrip("\n").split("\n") == kept
+
+
+def test_bytes_that_continue_no_character_are_left_out_in_little_memory(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\n" + b"\x80" * 32 * files.BLOCK)
+    tracemalloc.start()
+    texts, report = read(Text(str(path), unit="line"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == ["good"] and report.skipped == {"invalid_utf8": 1}
+    assert peak < 16 * files.BLOCK
+
+
+def test_places_in_a_span_are_places_in_the_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\r\n" + b"x" * 88 + b"\xff\r\nlast\r\n")
+    src = Text(str(path), unit="line", span=(0.5, 1.0))
+    report = Report()
+    (document,) = src.documents(report)
+    assert (document["text"], document["id"]) == ("last", f"{path}:4")
+    assert report.examples["invalid_utf8"][0].startswith(f"{path}:3 (invalid start byte, byte 88 of the line")
 
 
 @pytest.mark.parametrize("name", ["picture.txt", "utf16.txt", "picture.jsonl"])
@@ -259,6 +301,35 @@ def test_parquet_is_read_by_batches_and_its_problems_are_clear(tmp_path):
         read(Parquet(str(path)))
 
 
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", "string_view", "binary", "large_binary", "binary_view", "dictionary"]
+)
+def test_parquet_text_of_any_type_is_read(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = pyarrow.array(["one", HINDI, "one"])
+    column = texts.dictionary_encode() if kind == "dictionary" else texts.cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(Parquet(str(tmp_path / "a.parquet")))[0] == ["one", HINDI, "one"]
+
+
+def test_parquet_bytes_that_are_not_utf8_are_counted_row_by_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": [b"one", b"\xff", b"two"]}), tmp_path / "a.parquet")
+    texts, report = read(Parquet(str(tmp_path / "a.parquet")))
+    assert texts == ["one", "two"] and report.skipped == {"invalid_utf8": 1}
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: 2 columns 'text'"):
+        read(Parquet(str(tmp_path / "a.parquet")))
+
+
 def test_parquet_without_pyarrow_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -386,6 +457,54 @@ def test_missing_files_name_what_is_near_and_folders_say_how_to_name_their_files
         read(Text(str(tmp_path / "inptu.txt")))
     with pytest.raises(ValueError, match=r"is a folder; .*/\*\.txt"):
         read(Text(str(tmp_path)))
+
+
+def test_a_file_named_again_in_any_way_is_read_once(tmp_path):
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    paths = (f"{tmp_path}/b.txt", f"{tmp_path}/*.txt", f"{tmp_path}/../{tmp_path.name}/a.txt")
+    assert read(Text(paths))[0] == ["b.txt", "a.txt"]
+
+
+def test_a_pipe_is_named_as_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match=r"pipe.txt is a pipe or a device.*write it to a file first"):
+        read(Text(str(tmp_path / "pipe.txt")))
+
+
+def test_a_share_of_a_text_too_short_to_have_it_is_told(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    train, _ = Text(str(tmp_path / "a.txt")).holdout(0.05)
+    with pytest.raises(ValueError, match=r"empty span: .*a.txt: span=\(0.0, 0.95\) of 1 bytes has no text"):
+        read(train)
+    with pytest.raises(ValueError, match=r"a.txt.*valid_share=1e-20 holds out nothing of it; raise it"):
+        Text(str(tmp_path / "a.txt")).holdout(1e-20)
+
+
+def test_a_file_overwritten_with_its_size_and_time_kept_is_hashed_again(tmp_path, monkeypatch):
+    """As rsync -t, tar and cp -p leave it."""
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    stat = path.stat()
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1.0)
+    before = files.hash_of(path)
+    time.sleep(0.05)
+    path.write_text("two")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert files.hash_of(path) != before
+
+
+def test_the_hash_of_a_file_that_changed_just_now_is_not_remembered(tmp_path, monkeypatch):
+    """It may change again within one tick of a coarse clock, and then has the same times."""
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    monkeypatch.setattr(files, "_hashes", {})
+    files.hash_of(path)
+    assert files._hashes == {}
+    monkeypatch.setattr(files, "SETTLED_SECONDS", -1.0)
+    files.hash_of(path)
+    assert len(files._hashes) == 1
 
 
 def test_fingerprints_follow_content_and_settings_not_places(tmp_path):

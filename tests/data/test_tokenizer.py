@@ -368,6 +368,89 @@ def test_a_broken_file_is_named(content, message, tmp_path):
     assert "save_pretrained" in str(error.value), "the way out"
 
 
+MINIMAL = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+    "pre_tokenizer": None, "post_processor": None, "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"},
+}  # fmt: skip
+WORD_PIECE = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+
+
+def tokenizer_json(tmp_path, **parts):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(MINIMAL | parts))
+    return path
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}},
+        {"model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "?", **WORD_PIECE}},
+        {"model": {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": None}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAAAAAA"}},
+        {
+            "pre_tokenizer": {
+                "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False
+            }
+        },
+    ],
+    ids=["word", "wordpiece", "unigram", "panic of a map", "panic of a pattern"],
+)  # fmt: skip
+def test_a_text_that_a_file_cannot_encode_is_a_value_error_with_the_path(parts, tmp_path):
+    tokenizer = Tokenizer.load(tokenizer_json(tmp_path, **parts))
+    for encode in (tokenizer.encode, tokenizer.spans):
+        with pytest.raises(
+            ValueError, match=r"tokenizer\.json cannot encode this text \(.+\); mend the file"
+        ):
+            encode("a" * 60 + "b")
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "has an empty vocabulary"),
+        ({"model": []}, "is JSON, but no tokenizer"),
+        ({"added_tokens": [5]}, "is JSON, but no tokenizer"),
+        (
+            {"decoder": {"type": "Replace", "pattern": {"Regex": "(?~abc)"}, "content": ""}},
+            "is JSON, but no tokenizer",
+        ),
+    ],
+)
+def test_a_file_of_another_shape_is_a_value_error_with_the_path(parts, told, tmp_path):
+    with pytest.raises(ValueError, match=rf"tokenizer\.json {told}"):
+        Tokenizer.load(tokenizer_json(tmp_path, **parts))
+
+
+@pytest.mark.parametrize("place", ["vocab", "added_tokens"])
+def test_an_id_that_would_take_gigabytes_is_refused_before_the_library_sees_it(place, tmp_path):
+    huge = 4_000_000_000
+    added = {"id": huge, "content": "b", "special": False, "lstrip": False, "rstrip": False}
+    parts = {
+        "vocab": {"model": MINIMAL["model"] | {"vocab": {"<unk>": 0, "a": huge}}},
+        "added_tokens": {"added_tokens": [added | {"normalized": False, "single_word": False}]},
+    }[place]
+    with pytest.raises(ValueError, match=r"tokenizer\.json: token id 4000000000 is not below 16,777,216"):
+        Tokenizer.load(tokenizer_json(tmp_path, **parts))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ('{"eos_token": ["a"]}', r"config\.json: eos_token is \['a'\]; use a string"),
+        ('{"eos_token": {"x": 1}}', r"config\.json: eos_token is {'x': 1}; use a string"),
+        ("[" * 100_000, r"config\.json is not JSON"),
+    ],
+    ids=["list", "object", "deep"],
+)
+def test_a_broken_config_is_named(config, told, tmp_path):
+    tokenizer_json(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ValueError, match=told):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "t.json"):
         with pytest.raises(FileNotFoundError, match=r"give a tokenizer\.json or the folder"):

@@ -290,3 +290,11 @@ def test_an_empty_prompt_needs_a_bos_token():
     assert generate(model, params, without, ["a"], GREEDY) == generate(
         model, params, BYTES, [BYTES.encode("a")], GREEDY
     )
+
+
+def test_each_token_is_drawn_anew():
+    """From a model to which all tokens are alike, tokens one after the other are independent."""
+    model, params = make()
+    params = jax.tree.map(np.zeros_like, params)
+    (found,) = generate(model, params, BYTES, ["a"], Sampling(max_tokens=200, seed=1, temperature=1.0))
+    assert len(set(found.tokens)) > len(found.tokens) / 3

@@ -39,6 +39,7 @@ SMALL = {
         tie_head=False,
         mlp=MlpConfig("relu_squared", bias=True),
     ),
+    "scaled": dataclasses.replace(LLAMA, position=Sinusoidal(), scale_embed=True),
     "alibi": dataclasses.replace(LLAMA, position=ALiBi(), mlp=MlpConfig("silu")),
     "t5": dataclasses.replace(
         LLAMA, position=T5(n_buckets=8, max_distance=10), attention=AttentionConfig(n_heads=4, scale=1.0)
@@ -155,6 +156,20 @@ def test_remat_and_unroll_change_neither_values_nor_gradients(change):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), grads_a, grads_b)
 
 
+def test_remat_holds_less_of_a_deep_model():
+    """Temporary bytes of the gradients, by the compiler, on a CPU, which would take all layers together without it."""
+
+    def temporary_bytes(remat):
+        model = build(llama(64, 8, 4, vocab_size=V, remat=remat))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        grads = jax.jit(jax.grad(lambda p, tokens: model.apply(p, {"tokens": tokens}).logits.sum()))
+        compiled = grads.lower(params, jax.ShapeDtypeStruct((4, 128), jnp.int32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    none, dots, full = map(temporary_bytes, ("none", "dots", "full"))
+    assert full < dots < none and full < none / 2
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "gemma", "post"])
 def test_gradients_equal_differences(name):
     """d loss / d step along the gradient itself, by central differences."""
@@ -185,6 +200,15 @@ def test_dropout_needs_a_key_and_depends_on_it():
     np.testing.assert_array_equal(run(model, jax.random.key(1)), run(model, jax.random.key(1)))
     assert np.abs(run(model, jax.random.key(1)) - run(model, jax.random.key(2))).max() > 1e-2
     np.testing.assert_array_equal(run(plain, jax.random.key(1)), run(plain))
+
+
+def test_embeddings_are_dropped_too():
+    """With blocks that add nothing, entries of the hidden states are zero where the embedding was dropped."""
+    model = build(dataclasses.replace(LLAMA, dropout=0.5))
+    params = jax.jit(model.init)(jax.random.key(0))
+    params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
+    hidden = model.apply(params, some((4, 32)), jax.random.key(1)).hidden
+    assert 0.4 < float((hidden == 0).mean()) < 0.6
 
 
 def test_dropout_differs_between_layers():

@@ -161,7 +161,7 @@ def test_cudnn_path_by_xla(mask, dtype):
 )
 def test_splash_interpreted(mask, T, K, softcap, dtype):
     where = packed(2, T)
-    rule = {"q_where": where, "k_where": where, "mask": mask, "softcap": softcap}
+    rule = {"q_where": where, "k_where": where, "mask": mask, "softcap": softcap, "scale": 0.3}
     assert_equal_to_reference(partial(splash, interpret=True), qkv(2, T, 4, K, 64, dtype), dtype, **rule)
 
 

@@ -119,3 +119,10 @@ def test_adamw_equals_optax_where_both_run():
             x, a = ours.update(g, a, params)
             y, b = theirs.update(g, b, params)
             np.testing.assert_allclose(x["w"], y["w"], rtol=1e-5)
+
+
+def test_a_gradient_of_zero_moves_nothing_and_is_no_division_by_zero():
+    params = {"blocks": {"w": jnp.ones((2, 2))}}
+    tx = AdamW(weight_decay=0.0).build(3, params)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_array_equal(updates["blocks"]["w"], 0.0)

@@ -90,6 +90,21 @@ def test_text_too_small_to_hold_any_out_is_told(taken):
         take(Tour(tour.folder / "small", options, lambda line: None), CHAPTERS[:1])
 
 
+def test_the_model_has_a_name_that_commands_can_use(taken):
+    tour = taken[0]
+    assert (tour.folder / "model").resolve().name.startswith("model-")
+    assert (tour.folder / "model" / "run.txt").exists()
+
+
+def test_what_was_removed_is_made_again(taken):
+    tour = taken[0]
+    take(Tour(tour.folder, tour.options, lambda line: None), CHAPTERS[:2])
+    (tour.folder / "tokenizer.json").unlink()
+    said: list[str] = []
+    take(Tour(tour.folder, tour.options, said.append), CHAPTERS[:2])
+    assert sum("(kept)" in line for line in said) == 1 and (tour.folder / "tokenizer.json").exists()
+
+
 def test_damaged_facts_are_made_again(taken):
     tour = taken[0]
     take(Tour(tour.folder, tour.options, lambda line: None), CHAPTERS[:2])

@@ -6,7 +6,6 @@ import pytest
 
 from lmx import artifact
 from lmx.report import read_metrics, run_report
-from lmx.report.runs import read_jsonl
 
 
 def write_run(folder, steps=40, offset=0.0, tail=""):
@@ -99,7 +98,7 @@ def test_the_tail_that_a_power_cut_leaves_is_not_an_error(tmp_path, tail):
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        read_jsonl(tmp_path / "metrics.jsonl")
+        read_metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n{"step": 3}\n')
     with pytest.raises(ValueError, match='line 1: no "step"'):
         read_metrics(tmp_path)

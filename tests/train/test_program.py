@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import test_util as jtu
 
 from lmx import tree
 from lmx.data import Data
 from lmx.mesh import MeshConfig
 from lmx.models import TransformerConfig, build
 from lmx.nn import AttentionConfig
-from lmx.ops.position import T5, ALiBi, RoPE
+from lmx.ops.mask import Full, PrefixLM
+from lmx.ops.position import T5, ALiBi, Learned, RoPE
 from lmx.optim import AdamW, Constant, Sgd
 from lmx.run import Run
 from lmx.train.program import batch_shapes, program
@@ -143,6 +145,46 @@ def test_evaluation_is_the_sum_of_nats_over_counted_tokens():
     np.testing.assert_allclose(nats / tokens, loss, rtol=1e-5)
 
 
+def test_evaluation_never_holds_the_logits_of_a_batch():
+    run = replace(RUN, model=replace(MODEL, vocab_size=2**15), data=Data(seq_len=256, batch_size=16))
+    made = program(run, MeshConfig(1, 1, 1).build(jax.devices()[:1]))
+    compiled = made.evaluate.lower(made.shapes.params, batch_shapes(run, made.mesh)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 256 * 2**15 * 4 / 2
+
+
+def test_a_token_of_the_prefix_is_not_asked_for_what_it_sees():
+    """With PrefixLM(3) tokens 0 and 1 of each segment see their labels: neither the loss nor `valid` counts them."""
+    run = replace(RUN, model=replace(MODEL, attention=AttentionConfig(8, mask=PrefixLM(3))))
+    made = program(replace(run, mesh=MeshConfig(1, 1, 1)), MeshConfig(1, 1, 1).build(jax.devices()[:1]))
+    batch = packed()
+    counted = batch["loss_mask"] * (batch["positions"] >= 2)
+    state = made.init(0)
+    nats, tokens = made.evaluate(state.params, made.place(batch))
+    plain_nats, plain_tokens = made.evaluate(state.params, made.place(batch | {"loss_mask": counted}))
+    assert tokens == plain_tokens == counted.sum() < batch["loss_mask"].sum() and nats == plain_nats
+    assert made.step(state, made.place(batch))[1]["tokens"] == counted.sum()
+
+
+def test_a_step_takes_over_the_memory_of_its_state_and_other_seeds_compile_nothing():
+    made = program(RUN, MeshConfig(8, 1, 1).build())
+    state = made.init(0)
+    made.step(state, made.place(packed()))
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.trainable, state.opt_state)))
+    with jtu.count_jit_compilation_cache_miss() as misses:
+        other = made.init(2**32 - 1)
+    assert misses() == 0 and not np.array_equal(other.key, made.init(0).key)
+
+
+def test_the_key_of_the_steps_is_not_that_of_the_parameters():
+    key = program(RUN, MeshConfig(8, 1, 1).build()).init(5).key
+    for used in (
+        jax.random.key(5),
+        jax.random.fold_in(jax.random.key(5), 0),
+        jax.random.fold_in(jax.random.key(5), 1),
+    ):
+        assert not np.array_equal(key, jax.random.key_data(used))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_devices_exchange_matrices_and_no_activations(tied):
     """Matrices are gathered over fsdp, one layer at a time, and stay split over tensor, the embedding too."""
@@ -193,6 +235,14 @@ class Extra(Surgery):
     [
         ({"start": (Extra(),)}, "no sharding rule covers extra"),
         ({"trainable": "blocks/*/lora"}, "'blocks/\\*/lora' fits no parameter; paths near it: blocks"),
+        (
+            {"model": replace(MODEL, attention=AttentionConfig(8, mask=Full()))},
+            "Full.* its own label; use Causal",
+        ),
+        (
+            {"model": replace(MODEL, position=Learned(16)), "eval_lengths": (32,)},
+            "eval_lengths: 32 is more than",
+        ),
         ({"n_micro": 3}, r"batch_size=8 does not split into n_micro=3 x 4 devices \(data x fsdp\); use 12"),
     ],
 )
