@@ -5,10 +5,11 @@
     python scripts/bench_train.py --shape baby --rounds 8 --out baby.json
 
 The same work on both sides: learned positions, LayerNorm without shift, tanh GELU, tied head, clipped AdamW, float32
-parameters; bfloat16 is autocast in PyTorch and `dtype="bfloat16"` here. PyTorch runs eager and compiled. Each contender
-is a process of its own that waits while the others run; a round gives each of them some steps in turn, so that a
-machine that speeds up or slows down does so for all. Prints the median milliseconds of a step, tokens per second,
-the ratio to the faster PyTorch of the same precision, and the share of the fastest matmul measured on this machine.
+parameters; bfloat16 is autocast in PyTorch and `dtype="bfloat16"` here. PyTorch runs eager and compiled, each as it is
+and with the heap kept as `lmx train` keeps its own (`lmx.cli.heap`), which spares page faults. Each contender is a
+process of its own that waits while the others run; a round gives each of them some steps in turn, so that a machine
+that speeds up or slows down does so for all. Prints the median milliseconds of a step, tokens per second, the ratio to
+the fastest PyTorch of the same precision, and the share of the fastest matmul measured on this machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SHAPES = {  # layers, heads, d_model, T, B, vocabulary
     "baby": (6, 6, 384, 256, 8, 65),
     "baby64": (6, 6, 384, 256, 64, 65),
 }
-CONTENDERS = ("lmx", "eager", "compile")
+CONTENDERS = ("lmx", "eager", "eager, heap", "compile", "compile, heap")
 
 
 def main() -> None:
@@ -133,6 +134,11 @@ def lmx_step(precision: str, shape: str):
 
 
 def torch_step(kind: str, precision: str, shape: str, threads: int):
+    from lmx.cli.heap import keep_heap
+
+    kind, *heap = kind.split(", ")
+    if heap:
+        keep_heap()
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -240,11 +246,11 @@ def _report(asked, times: dict[tuple[str, str], list[float]], peak: float) -> No
     }
     for name, value in about.items():
         print(f"{name:12} {value}")
-    print(f"\n{'precision':10} {'contender':10} {'ms':>8} {'tokens/s':>10} {'ratio':>6} {'of peak':>8}")
+    print(f"\n{'precision':10} {'contender':14} {'ms':>8} {'tokens/s':>10} {'ratio':>6} {'of peak':>8}")
     for (contender, precision), median in medians.items():
         best = min(medians[other, precision] for other in CONTENDERS if other != "lmx")
         print(
-            f"{precision:10} {contender:10} {1e3 * median:8.1f} {B * T / median:10,.0f} {best / median:6.2f} "
+            f"{precision:10} {contender:14} {1e3 * median:8.1f} {B * T / median:10,.0f} {best / median:6.2f} "
             f"{flops / median / peak:8.1%}"
         )
     if asked.out:

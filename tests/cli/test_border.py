@@ -110,8 +110,8 @@ def test_a_batch_that_does_not_split_over_the_mesh(refused, tmp_path):
 def test_places_that_cannot_be_written(refused, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("not a folder")
-    assert "cannot be written here" in refused("train", "experiment.py", "--out", file)
     way_out = "choose a folder that you may write to"
+    assert way_out in refused("train", "experiment.py", "--out", file)
     assert way_out in refused("sweep", "experiment.py", "--out", file / "sweep")
     assert way_out in refused("quickstart", "--out", file / "quickstart")
     assert way_out in refused("tokenizer", "train", "hindi.txt", "--out", file / "tokenizer.json")

@@ -32,7 +32,7 @@ def test_eval_measures_each_text_with_intervals_and_keeps_the_results(run, lmx):
         assert nats == pytest.approx(words * math.log(x["word_perplexity"]["value"]), rel=1e-9)
         assert x["perplexity"]["low"] < x["perplexity"]["value"] < x["perplexity"]["high"]
     kept = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert kept["hindi.txt: step 10, 32 tokens"]["bits_per_byte"] == found[0]["bits_per_byte"]
+    assert kept["hindi.txt: step 10, 32 tokens, by line"]["bits_per_byte"] == found[0]["bits_per_byte"]
     parents = artifact.read(out / "results.json").made_from
     assert {p.kind for p in parents} == {"checkpoint", "file"} and len(parents) == 3
 
@@ -70,6 +70,27 @@ def test_eval_refuses_what_was_held_out_of_a_text_that_has_changed(run, lmx, ref
         assert "hindi.txt: its content changed since" in refused("eval", run[0])
     finally:
         text.write_text(before, encoding="utf-8")
+
+
+def test_eval_compares_on_held_out_text_only_where_it_is_the_same(run, refused, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run[0], other)
+    text = (other / "run.txt").read_text(encoding="utf-8")
+    (other / "run.txt").write_text(text.replace("valid_share=0.2", "valid_share=0.3"), encoding="utf-8")
+    assert "held out other text than" in refused("eval", run[0], other)
+
+
+def test_eval_reads_results_before_it_computes_and_says_what_it_skips(run, lmx, refused, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    rows = ['{"hi": "नदी 3 नावों को"}', "{broken", '{"hi": "नदी 4 नावों को"}']
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    source = f"Jsonl({str(tmp_path / 'pairs.jsonl')!r}, field='hi')"
+    with pytest.warns(UserWarning, match=r"skipped 1 broken line: .*pairs.jsonl:2"):
+        found = json.loads(lmx("eval", copy, source, "--json", "--bootstrap", "0"))["results"]
+    assert found[0]["documents"] == 2
+    (copy / "results.json").write_text("[1]")
+    assert "results.json" in refused("eval", copy, "hindi.txt")
 
 
 def test_averaged_parameters_are_those_of_the_checkpoints(run, lmx, refused, tmp_path):
