@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lmx.mesh import ROWS, Rules, fit
-from lmx.nn import Block, BlockConfig, Context, Norm, weight
+from lmx.nn import PRODUCT, Block, BlockConfig, Context, Norm, weight
 from lmx.ops import flash
 from lmx.ops.attention import attention
 from lmx.ops.mask import Where
@@ -35,7 +35,7 @@ RULES: Rules = (
 
 REMAT: dict[str, Any] = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 

@@ -2,11 +2,12 @@
 
 from lmx.nn.attention import Attention, AttentionConfig, Context
 from lmx.nn.block import Block, BlockConfig
-from lmx.nn.linear import Linear, weight
+from lmx.nn.linear import PRODUCT, Linear, weight
 from lmx.nn.mlp import Mlp, MlpConfig
 from lmx.nn.norm import Norm, NormConfig
 
 __all__ = [
+    "PRODUCT",
     "Attention",
     "AttentionConfig",
     "Block",

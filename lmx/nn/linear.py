@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lmx.weights import Weight, linear, shape_of
+
+PRODUCT = "product"
+"""By this name rematerialisation knows the results of matrix products, which have gradients of their own."""
 
 
 def weight(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Array | Weight:
@@ -33,7 +37,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
         w = weight(self, "w", nn.initializers.normal(self.std), (x.shape[-1], self.d_out))
-        y = linear(x, w)
+        y = checkpoint_name(linear(x, w), PRODUCT)
         if self.bias:
             b = self.param("b", nn.initializers.zeros, (self.d_out,), jnp.float32)
             y = y + jnp.broadcast_to(b.astype(y.dtype), y.shape)
