@@ -25,6 +25,12 @@ hypothesis.settings.register_profile("lmx", deadline=None, max_examples=20, dera
 hypothesis.settings.load_profile("lmx")
 
 
+LEFT_OUT = {
+    "slow": "takes more than about 30 seconds, and has a fast sibling",
+    "peers": "compares with torch and transformers, which are large to install",
+}
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--peers", action="store_true", help="also run tests that need torch and transformers")
@@ -32,6 +38,6 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        for mark in ("slow", "peers"):
+        for mark, why in LEFT_OUT.items():
             if mark in item.keywords and not config.getoption(f"--{mark}"):
-                item.add_marker(pytest.mark.skip(reason=f"marked {mark}: run pytest with --{mark}"))
+                item.add_marker(pytest.mark.skip(reason=f"{why}: scripts/test --{mark} runs it"))

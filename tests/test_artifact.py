@@ -158,3 +158,14 @@ def test_processes_that_record_at_once_leave_one_whole_file(corpus):
         assert found is None or len(found.facts["long"]) == 5000
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert artifact.read(corpus).hash == artifact.hash_path(corpus)
+
+
+def test_places_are_whole_and_no_name_adds_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = write(tmp_path / "कर्म\u200dयोग\nforged", "text")
+    made = write(tmp_path / "made.json", "{}")
+    artifact.record("made.json", "results", [text.relative_to(tmp_path)])
+    monkeypatch.chdir("/")
+    told = artifact.explain(made, check_parents=True)
+    assert len(told.splitlines()) == 2 and told.count("content unchanged") == 2
+    assert f"{tmp_path}/कर्म\u200dयोग\ufffdforged" in told

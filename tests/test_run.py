@@ -17,6 +17,7 @@ from lmx.nn import AttentionConfig, MlpConfig
 from lmx.ops.mask import Causal, PrefixLM, SlidingWindow
 from lmx.ops.position import ALiBi, Learned, RoPE
 from lmx.run import Run, experiment, load, trained
+from lmx.train.checkpoint import steps
 from lmx.train.standard import run as run_standard
 from lmx.weights.surgery import Surgery
 
@@ -185,8 +186,27 @@ def test_a_file_that_is_no_experiment_is_told(tmp_path):
         experiment(write(tmp_path / "empty.py", "x = 1\n"))
     with pytest.raises(FileNotFoundError, match=r"no such experiment; there are empty\.py"):
         experiment(tmp_path / "full.py")
+    with pytest.raises(ValueError, match=r"text\.txt: not an experiment; give a Python file"):
+        experiment(write(tmp_path / "text.txt", "x"))
     with pytest.raises(FileNotFoundError, match=r"no such experiment$"):
         experiment(tmp_path / "nowhere" / "full.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("def base(:\n", r"file\.py:1: invalid syntax"),
+        ("def base():\n    return 5\n", "'base' is 5, not a Run"),
+        (
+            "import lmx\nbase = lmx.Run\nvariants = lambda: {'../up': lmx.Run()}\n",
+            "'../up' cannot name a folder",
+        ),
+        ("import lmx\nbase = lmx.Run\nvariants = lambda: {'..': lmx.Run()}\n", "'..' cannot name a folder"),
+    ],
+)
+def test_a_broken_experiment_is_told_with_its_place(tmp_path, text, told):
+    with pytest.raises(ValueError, match=told):
+        experiment(write(tmp_path / "file.py", text))
 
 
 LINES = tuple(f"{i} नदी के पार {i * i} नावें, and {i * 7 % 31} boats" for i in range(120))
@@ -267,6 +287,21 @@ def test_evaluation_is_the_mean_over_all_tokens_of_whole_documents(tmp_path):
     assert found["valid/loss@7"] == pytest.approx(mean(state.params, 7), rel=1e-5)
     assert found["valid/ema_loss"] == pytest.approx(mean(ema, 32), rel=1e-5)
     assert len({round(x, 4) for x in found.values()}) == 3
+
+
+class Unjudged(train.Session):
+    """Whose evaluation fails."""
+
+    def evaluate(self, state):
+        raise RuntimeError("no memory left")
+
+
+def test_a_failed_evaluation_costs_no_training(tmp_path):
+    made = train.session(SMALL, cache=tmp_path / "cache", devices=jax.devices()[:1])
+    session = Unjudged(replace(made.run, eval_every=3, save_every=4), made.prepared, made.devices)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        run_standard(session, tmp_path / "out")
+    assert steps(tmp_path / "out" / "checkpoints") == [3]
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def source_of(name: str):
 
 
 def _is_bug(error: Exception) -> bool:
-    """Whether it tells of our own code rather than of what it was given."""
+    """Whether it tells of our own code rather than of what it was given; so do jax's "not implemented" errors."""
     own_import = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lmx"
     return own_import or isinstance(error, NotImplementedError | RecursionError)
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lmx.evals import Perplexity
     from lmx.report.stats import Interval
 
+RESULTS = "results.json"
 MEASURES = {"perplexity": "per token", "word_perplexity": "per word", "bits_per_byte": "bits per byte"}
 
 
@@ -70,13 +71,14 @@ def main(argv: list[str]) -> None:
     for name in names:
         if Path(name).is_dir():
             raise ValueError(f"{name}: a folder without run.txt; for the text in it write '{name}/*.txt'")
-    for folder in folders:
-        _results(Path(folder))
     from lmx import evals
     from lmx import run as runs
     from lmx.cli.progress import Progress
     from lmx.data.tally import Report
+    from lmx.report.runs import read_json
 
+    for folder in folders:
+        read_json(Path(folder) / RESULTS)  # a damaged one is told before anything is computed
     texts = [_named(name, asked.unit) for name in names] or [_held_out(folders, asked.step)]
     measured = {}
     lossy = []
@@ -143,7 +145,7 @@ def _named(name: str, unit: str) -> _Text:
 
     found = cli.source_of(name)
     found = replace(found, unit=unit) if isinstance(found, Text) else found
-    found.artifacts()
+    found.artifacts()  # a missing file is told before anything is computed
     return _Text(name, Data(train=(found,), valid_share=0.0), "train")
 
 
@@ -177,16 +179,6 @@ def _valid(data: Data) -> tuple:
     return data.valid or (data.train, data.valid_share), data.clean
 
 
-def _results(folder: Path) -> dict:
-    """What results.json holds; {} without one. Raises: ValueError if it is damaged."""
-    from lmx.report.runs import read_json
-
-    found = read_json(folder / "results.json") or {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{folder / 'results.json'}: not results by name; remove it and measure again")
-    return found
-
-
 def _whole(documents: Iterable[dict]) -> Iterator[str]:
     """The texts of documents that come in parts."""
     parts: list[str] = []
@@ -200,12 +192,13 @@ def _whole(documents: Iterable[dict]) -> Iterator[str]:
 def _keep(folder: Path, step: int, name: str, found: Perplexity, text: _Text) -> None:
     """Adds a result to the run's results.json, which names the checkpoints and texts that it comes from."""
     from lmx import artifact
+    from lmx.report.runs import read_json
     from lmx.train.checkpoint import FOLDER
 
-    path = folder / "results.json"
+    path = folder / RESULTS
     parents = [artifact.find(folder / FOLDER / str(step)), *text.artifacts()]
     with artifact.alone(folder / ".results.lock", wait=True):
-        results = _results(folder) | {name: _facts(found)}
+        results = (read_json(path) or {}) | {name: _facts(found)}
         earlier = artifact.read(path) if path.exists() else None
         partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -91,6 +91,7 @@ def compare(asked: Compare) -> None:
         for i, spec in enumerate(specs, 1):
             texts = _Texts(asked.texts, progress, f"[{i}/{len(specs)}] {spec}")
             rows += measured(texts, [spec], asked.valid, asked.scripts)
+    texts.report.warn("the texts")
     figure = plot(rows)
     for ending in ("svg", "png"):
         figure.savefig(asked.out / f"compare.{ending}")

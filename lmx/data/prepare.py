@@ -13,7 +13,6 @@ take turns: the second finds it made.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import shutil
 import uuid
@@ -367,11 +366,11 @@ def _made_once(path: Path, cache: Path) -> Iterator[bool]:
 def _locked(path: Path, cache: Path) -> Iterator[None]:
     """Other processes that ask for the same folder wait until the block ends. What a killed one left of it
     half made is removed."""
-    with explained(cache):
-        (cache / "locks").mkdir(parents=True, exist_ok=True)
-        lock = (cache / "locks" / f"{path.parent.name}-{path.name}").open("w")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        with explained(cache):
+            (cache / "locks").mkdir(parents=True, exist_ok=True)
+            lock = cache / "locks" / f"{path.parent.name}-{path.name}"
+            held.enter_context(artifact.alone(lock, wait=True))
         for abandoned in path.parent.glob(f".{path.name}.*.tmp"):
             shutil.rmtree(abandoned, ignore_errors=True)
         yield

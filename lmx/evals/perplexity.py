@@ -257,12 +257,9 @@ def _batch(rows: list[list[_Piece]], seq_len: int, batch_size: int):
 @functools.lru_cache(maxsize=16)
 def _scorer(apply, vocab_size: int, batch_size: int, mesh):
     """The compiled function (params, batch) -> nats of each label [B, T] float32; never holds [B, T, V]."""
-    loss = Chunked(NextToken(), min(256, max(16, LOGITS // (batch_size * vocab_size))))
+    loss = Chunked.fitting(NextToken(), batch_size, vocab_size)
     everywhere = None if mesh is None else NamedSharding(mesh, P())
     return jax.jit(lambda params, batch: loss(apply(params, batch), batch), out_shardings=everywhere)
-
-
-LOGITS = 1 << 25
 
 
 def _mesh(params):

@@ -258,12 +258,6 @@ def _prompt_ids(model, tokenizer, prompts: Sequence[Prompt], max_tokens: int) ->
                 f"prompt {i} holds token {wrong[0]}, outside the model's "
                 f"vocab_size={model.config.vocab_size}; use the tokenizer it was trained with"
             )
-        last = Where(jnp.full((1, 1), len(ids) - 1), jnp.ones((1, 1), jnp.int32))
-        if max_tokens and bool(sees_next(model.config.attention.mask, last)[0, 0]):
-            raise ValueError(
-                f"prompt {i} has {len(ids)} tokens and ends within the prefix of {model.config.attention.mask}, "
-                "whose tokens see later ones; give a longer prompt"
-            )
         if limit is not None and len(ids) + max_tokens - 1 > limit:
             raise ValueError(
                 f"prompt {i} has {len(ids)} tokens and max_tokens={max_tokens} more need "
@@ -271,7 +265,19 @@ def _prompt_ids(model, tokenizer, prompts: Sequence[Prompt], max_tokens: int) ->
                 f"shorten the prompt or set max_tokens to {max(0, limit + 1 - len(ids))}"
             )
         all_ids.append(ids)
+    if max_tokens:
+        _check_prefix(model.config.attention.mask, [len(ids) for ids in all_ids])
     return all_ids
+
+
+def _check_prefix(mask, lengths: list[int]) -> None:
+    """Raises: ValueError for a prompt whose last token would see tokens that are not written yet."""
+    ends = jnp.asarray(lengths, jnp.int32)[:, None] - 1
+    for i in np.flatnonzero(sees_next(mask, Where(ends, jnp.ones_like(ends)))):
+        raise ValueError(
+            f"prompt {i} has {lengths[i]} tokens and ends within the prefix of {mask}, whose tokens see later "
+            "ones; give a longer prompt"
+        )
 
 
 def _bucket(n: int, limit: int | None) -> int:

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from lmx.losses.base import Loss
 
+LOGITS = 1 << 25
+
 
 @dataclass(frozen=True)
 class Chunked(Loss):
@@ -35,6 +37,11 @@ class Chunked(Loss):
     def __post_init__(self):
         if self.size < 1:
             raise ValueError(f"Chunked: size={self.size} positions; use 1 or more, such as 256")
+
+    @classmethod
+    def fitting(cls, loss: Loss, n_rows: int, vocab_size: int) -> Chunked:
+        """In slices of 16 to 256 positions, as long as B * size * V stays within LOGITS."""
+        return cls(loss, min(256, max(16, LOGITS // (n_rows * vocab_size))))
 
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
         n_rows, n_positions = out.hidden.shape[:2]

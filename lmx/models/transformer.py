@@ -141,9 +141,8 @@ class Transformer(nn.Module):
         x = nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
         x = self.constrain(x.astype(c.dtype), ROWS, None, None)
         block = Block
-        if (
-            c.remat != "none"
-        ):  # within one scan step XLA would merge what is computed again with what was there
+        if c.remat != "none":
+            # In one scan step of several layers XLA would merge what is computed again with what was there.
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=self.unroll > 1)
         layers = nn.scan(
             block,

@@ -90,11 +90,13 @@ class Session:
 
 
 def metric_names(run: Any) -> tuple[str, ...]:
-    """What a run writes of each step, and what `Session.evaluate` finds."""
+    """What a run measures that another can be compared by: of each step, and of the held-out text if it has one."""
     terms = tuple(run.objective) if len(run.objective) > 1 else ()
-    held_out = ("valid/loss", *(f"valid/loss@{length}" for length in run.eval_lengths))
+    each_step = ("loss", *terms, "grad_norm", "skipped", "step_seconds", "tokens_per_sec")
+    if not (run.data.valid or run.data.valid_share):
+        return each_step
     averaged = ("valid/ema_loss",) if run.optim.ema is not None else ()
-    return ("loss", *terms, "grad_norm", "skipped", "tokens_per_sec", *held_out, *averaged)
+    return (*each_step, "valid/loss", *(f"valid/loss@{n}" for n in run.eval_lengths), *averaged)
 
 
 def session(

@@ -31,9 +31,6 @@ BATCH_DTYPES = {
 }
 
 
-EVAL_LOGITS = 1 << 25
-
-
 class Program(NamedTuple):
     """init(seed) -> State; step(state, batch) -> (state, metrics); evaluate(params, batch) -> (nats, tokens) summed;
     shapes: State of ShapeDtypeStruct with shardings; place(host batch) -> arrays on the mesh."""
@@ -80,6 +77,7 @@ def program(run: Any, mesh: Mesh) -> Program:
     def step(state, batch, **more):
         return one_step(state, hide(batch), **more)
 
+    start = jax.jit(init, out_shardings=placed)
     if pmap:
         step = _pmapped(step, mesh)
     else:
@@ -87,7 +85,7 @@ def program(run: Any, mesh: Mesh) -> Program:
     return Program(
         model,
         mesh,
-        lambda seed, init=jax.jit(init, out_shardings=placed): init(np.uint32(seed)),
+        lambda seed: start(np.uint32(seed)),
         step,
         jax.jit(
             lambda params, batch: _evaluate(model, params, hide(batch)),
@@ -146,9 +144,9 @@ def _hidden_labels(mask: Mask, seq_len: int) -> Callable[[dict], dict]:
 
 
 def _evaluate(model, params, batch):
-    """(nats, tokens) summed; logits of a few rows at most exist at once."""
+    """(nats, tokens) summed; never holds [B, T, V]."""
     n_rows = batch["tokens"].shape[0]
-    loss = losses.Chunked(losses.NextToken(), max(16, EVAL_LOGITS // (n_rows * model.config.vocab_size)))
+    loss = losses.Chunked.fitting(losses.NextToken(), n_rows, model.config.vocab_size)
     nats = loss(model.apply(params, batch), batch)
     return (nats * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from lmx import artifact, models, values
 from lmx.data.store import explained
-from lmx.optim import lr_at
+from lmx.optim import Muon, lr_at
 from lmx.train import stored
 from lmx.train.checkpoint import FOLDER, Checkpoints, steps
 from lmx.train.loop import Session, to_host
@@ -215,7 +215,7 @@ def _check_settings(session: Session, text: str, step: int, out: Path) -> None:
 
 def _rates(run: Any, step: int) -> np.ndarray:
     """The learning rates of the first `step` updates, of Muon's partner too."""
-    updates = [run.optim, *filter(None, [getattr(run.optim, "partner", None)])]
+    updates = [run.optim, run.optim.partner] if isinstance(run.optim, Muon) else [run.optim]
     return np.stack([lr_at(update, run.steps, np.arange(step)) for update in updates])
 
 

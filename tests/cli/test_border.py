@@ -84,6 +84,16 @@ def test_settings_and_names_that_do_not_exist(refused):
     assert "defines base() -> Run" in refused("train", "widths_beside_it.py")
 
 
+def test_a_sweep_that_cannot_be_compared_trains_nothing(refused, tmp_path):
+    out = tmp_path / "sweep"
+    told = refused("sweep", "experiment.py", "--metric", "valid/los", "--out", out)
+    assert "--metric valid/los: slow measures loss" in told and "valid/loss" in told
+    assert "--seeds N gives 0 to N - 1" in refused("sweep", "experiment.py", "--set", "seed=3", "--out", out)
+    no_valid = ("--set", "data.valid_share=0.0")
+    assert "--metric valid/loss: slow measures" in refused("sweep", "experiment.py", *no_valid, "--out", out)
+    assert not out.exists()
+
+
 def test_files_that_are_not_text(refused, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 8)

@@ -30,6 +30,16 @@ def test_a_run_leaves_what_is_needed_to_judge_and_repeat_it(run):
     assert str(out) in printed and "10 steps" in printed
 
 
+def test_what_was_left_out_of_the_text_is_told_and_kept(tmp_path, lmx):
+    text = Path("hindi.txt").read_bytes().replace(b"\n", b"\n\xff\n", 1)
+    (tmp_path / "hindi.txt").write_bytes(text)
+    settings = (f'data.train=(Text("{tmp_path / "hindi.txt"}", unit="line"),)', "steps=1", "model.d_model=16")
+    with pytest.warns(UserWarning, match=r"the run's text: skipped 1 invalid utf8: .*hindi.txt:2"):
+        lmx("train", "experiment.py", "--out", tmp_path / "out", *(w for s in settings for w in ("--set", s)))
+    kept = json.loads((tmp_path / "out" / "data.json").read_text(encoding="utf-8"))
+    assert kept["text"]["skipped"] == {"invalid_utf8": 1} and 0 <= kept["padding_share"] < 1
+
+
 def test_what_is_shown_rebuilds_the_run(lmx):
     shown = lmx("train", "experiment.py", "--show", "--set", 'data.train=("a.txt", "b/*.jsonl.zst")')
     run = values.parse(shown, runs.Run)
