@@ -1,8 +1,9 @@
-"""Our compiled training step beside a plain PyTorch GPT of the same shape, in one run, on the same cores.
+"""Our compiled training step beside a plain PyTorch GPT of the same shape, in one run, on the same device.
 
     pip install -e '.[peers]'
     python scripts/bench_train.py --shape cpu --precision float32 bfloat16
     python scripts/bench_train.py --shape baby --rounds 8 --out baby.json
+    python scripts/bench_train.py --shape 350m --precision bfloat16           # an NVIDIA GPU, with '.[peers,cuda]'
 
 The same work on both sides: learned positions, LayerNorm without shift, tanh GELU, tied head, clipped AdamW, float32
 parameters; bfloat16 is autocast in PyTorch and `dtype="bfloat16"` here. PyTorch runs eager and compiled, each as it is
@@ -10,6 +11,9 @@ and with the heap kept as `lmx train` keeps its own (`lmx.cli.heap`), which spar
 process of its own that waits while the others run; a round gives each of them some steps in turn, so that a machine
 that speeds up or slows down does so for all. Prints the median milliseconds of a step, tokens per second, the ratio to
 the fastest PyTorch of the same precision, and the share of the fastest matmul measured on this machine.
+
+Where PyTorch sees a GPU both run there, one contender after another, as its memory holds one model at a time; float32
+products may then be TF32 on both sides, and the peak is the vendor's for dense products in that precision (MFU).
 """
 
 from __future__ import annotations
@@ -29,8 +33,13 @@ SHAPES = {  # layers, heads, d_model, T, B, vocabulary
     "cpu": (4, 4, 128, 64, 12, 65),
     "baby": (6, 6, 384, 256, 8, 65),
     "baby64": (6, 6, 384, 256, 64, 65),
+    "350m": (24, 16, 1024, 2048, 8, 50304),
+    "1b": (20, 16, 2048, 2048, 4, 50304),
 }
-CONTENDERS = ("lmx", "eager", "eager, heap", "compile", "compile, heap")
+CONTENDERS = {
+    "cpu": ("lmx", "eager", "eager, heap", "compile", "compile, heap"),
+    "cuda": ("lmx", "eager", "compile"),
+}
 
 
 def main() -> None:
@@ -50,30 +59,42 @@ def main() -> None:
     if asked.worker:
         serve(*asked.worker, asked.shape, asked.threads)
         return
-    missing = [name for name in ("torch",) if not _version(name)]
-    if missing:
-        sys.exit(f"bench_train: {', '.join(missing)} is not installed; pip install -e '.[peers]'")
-    peak = peak_flops()
-    workers = {
-        (contender, precision): _start(contender, precision, asked)
-        for precision in asked.precision
-        for contender in CONTENDERS
-    }
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in workers}
+    if not _version("torch"):
+        sys.exit("bench_train: torch is not installed; pip install -e '.[peers]'")
+    contenders = [(name, precision) for precision in asked.precision for name in CONTENDERS[torch_device()]]
+    at_once = [contenders] if torch_device() == "cpu" else [[contender] for contender in contenders]
+    before = {precision: peak(precision) for precision in asked.precision}
+    times = {}
+    for group in at_once:
+        times |= _measured(group, asked)
+    _report(asked, times, {precision: max(before[precision], peak(precision)) for precision in before})
+
+
+def _measured(contenders: list[tuple[str, str]], asked) -> dict[tuple[str, str], list[float]]:
+    """The seconds of every step of each of them, in rounds."""
+    workers = {contender: _start(*contender, asked) for contender in contenders}
+    times: dict[tuple[str, str], list[float]] = {contender: [] for contender in contenders}
     for _ in range(asked.rounds):
-        for key, worker in workers.items():
-            times[key] += _ask(worker, asked.steps)
+        for contender, worker in workers.items():
+            times[contender] += _ask(worker, asked.steps)
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    _report(asked, times, max(peak, peak_flops()))
+    return times
 
 
 def serve(contender: str, precision: str, shape: str, threads: int) -> None:
     """A contender: reads numbers of steps from standard input, answers with the seconds of each step."""
-    step = (
-        lmx_step(precision, shape) if contender == "lmx" else torch_step(contender, precision, shape, threads)
-    )
+    if contender == "lmx":
+        import jax
+
+        if (jax.default_backend() == "gpu") != (torch_device() == "cuda"):
+            sys.exit(
+                f"bench_train: jax runs on {jax.default_backend()}, torch on {torch_device()}; install both for one"
+            )
+        step, _ = lmx_step(precision, shape)
+    else:
+        step = torch_step(contender, precision, shape, threads)
     for _ in range(3):
         step()
     print("[]", flush=True)
@@ -87,9 +108,11 @@ def serve(contender: str, precision: str, shape: str, threads: int) -> None:
 
 
 def lmx_step(precision: str, shape: str):
+    """(step, text): one step and its loss, and what gives the compiled program as text."""
     from lmx.cli.heap import keep_heap
 
     keep_heap()
+    import jax
     import numpy as np
 
     from lmx import Run
@@ -130,7 +153,10 @@ def lmx_step(precision: str, shape: str):
         state, metrics = compiled.step(state, batch)
         return float(metrics["loss"])
 
-    return step
+    def text() -> str:
+        return compiled.step.lower(compiled.shapes, jax.eval_shape(lambda: batch)).compile().as_text()
+
+    return step, text
 
 
 def torch_step(kind: str, precision: str, shape: str, threads: int):
@@ -143,7 +169,10 @@ def torch_step(kind: str, precision: str, shape: str, threads: int):
     from torch import nn
     from torch.nn import functional as F
 
+    device = torch_device()
+    torch.set_default_device(device)
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA's default
     torch.manual_seed(0)
     L, N, D, T, B, V = SHAPES[shape]
 
@@ -185,7 +214,7 @@ def torch_step(kind: str, precision: str, shape: str, threads: int):
     labels = torch.roll(tokens, -1, 1)
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
             loss = forward(tokens, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -196,11 +225,22 @@ def torch_step(kind: str, precision: str, shape: str, threads: int):
     return step
 
 
-def peak_flops() -> float:
-    """FLOP/s of the fastest float32 product of two 1024 x 1024 matrices here, of numpy's and of torch's."""
+def torch_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def peak(precision: str) -> float:
+    """FLOP/s: the vendor's for a GPU; on a processor, that of the fastest float32 product of two 1024 x 1024
+    matrices, of numpy's and of torch's."""
     import numpy as np
     import torch
 
+    from lmx.train.peak import peak_flops
+
+    if torch_device() == "cuda":
+        return peak_flops(torch.cuda.get_device_name(), precision) or float("nan")
     a = np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float32)
     b = torch.from_numpy(a)
     best = float("inf")
@@ -232,26 +272,36 @@ def _ask(worker: subprocess.Popen, steps: int) -> list[float]:
     return json.loads(worker.stdout.readline())
 
 
-def _report(asked, times: dict[tuple[str, str], list[float]], peak: float) -> None:
-    L, N, D, T, B, V = SHAPES[asked.shape]
-    flops = B * T * (6 * (12 * L * D * D + V * D) + 12 * L * D * T)
-    medians = {key: statistics.median(seconds) for key, seconds in times.items()}
-    about = {
-        "machine": f"{_processor()}, {asked.threads} threads",
+def describe(shape: str) -> dict[str, str]:
+    """What a figure depends on: machine, shape, versions, commit."""
+    L, N, D, T, B, V = SHAPES[shape]
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "shape": f"{L} layers, {N} heads, d_model {D}, T {T}, B {B}, vocabulary {V}",
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("jax", "torch")),
         "commit": _commit(),
-        "matmul peak": f"{peak / 1e9:.0f} GFLOP/s, float32",
-        "load": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+def _report(asked, times: dict[tuple[str, str], list[float]], peaks: dict[str, float]) -> None:
+    L, _, D, T, B, V = SHAPES[asked.shape]
+    flops = B * T * (6 * (12 * L * D * D + V * D) + 12 * L * D * T)
+    medians = {contender: statistics.median(seconds) for contender, seconds in times.items()}
+    about = describe(asked.shape) | {
+        "device": torch_device(),
+        "threads": str(asked.threads),
+        "matmul peak": ", ".join(f"{flops / 1e9:.0f} GFLOP/s ({name})" for name, flops in peaks.items()),
     }
     for name, value in about.items():
         print(f"{name:12} {value}")
     print(f"\n{'precision':10} {'contender':14} {'ms':>8} {'tokens/s':>10} {'ratio':>6} {'of peak':>8}")
     for (contender, precision), median in medians.items():
-        best = min(medians[other, precision] for other in CONTENDERS if other != "lmx")
+        best = min(
+            seconds for (name, other), seconds in medians.items() if other == precision and name != "lmx"
+        )
         print(
             f"{precision:10} {contender:14} {1e3 * median:8.1f} {B * T / median:10,.0f} {best / median:6.2f} "
-            f"{flops / median / peak:8.1%}"
+            f"{flops / median / peaks[precision]:8.1%}"
         )
     if asked.out:
         seconds = {f"{contender} {precision}": times[contender, precision] for contender, precision in times}

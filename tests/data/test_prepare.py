@@ -406,7 +406,7 @@ def prepare_in_child(folder, results):
 
 def test_processes_that_prepare_at_once_end_with_the_same(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(ENGLISH * 20))
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     workers = [context.Process(target=prepare_in_child, args=(str(tmp_path), results)) for _ in range(3)]
     for worker in workers:

@@ -98,7 +98,7 @@ def write_once(path, barrier):
 
 
 def test_two_processes_may_write_the_same_store(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(3)
     workers = [context.Process(target=write_once, args=(tmp_path / "s", barrier)) for _ in range(3)]
     for worker in workers:
