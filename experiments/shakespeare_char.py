@@ -4,9 +4,12 @@ nanoGPT's README: 1.88 nats after 2000 steps of 12 x 64 characters, with 0.80M p
 We expect RoPE, qk-norm, squared ReLU, Muon and a linear decay to zero to reach 1.70 or less.
 
 Found:  nats per character, mean and 95 % t-interval over seeds (2026-11-22, 2 CPU cores, jax 0.10.2; commit 0bda312;
-        nanogpt with the settings of 5526324). Three seeds: all 1.572 +- .011, no muon 1.680 +- .015,
-        nanogpt 1.881 +- .016. Two seeds: learned positions 1.643, no qk-norm 1.602, cosine to a tenth 1.584, and
-        gelu 1.550: against our expectation squared ReLU costs 0.024 +- .022.
+        nanogpt with the settings of 5526324), three seeds, with the paired difference to all:
+        all                 1.572 +- .010                      no qk-norm          1.600 +- .011   .029 +- .008
+        no muon             1.680 +- .015   .109 +- .009       cosine to a tenth   1.585 +- .019   .013 +- .025
+        learned positions   1.646 +- .015   .075 +- .025       gelu                1.552 +- .010  -.019 +- .020
+        nanogpt             1.881 +- .016   .310 +- .012
+        Against our expectation squared ReLU does not help, and the end of the decay is within the noise.
 
 Run:    lmx sweep experiments/shakespeare_char.py --seeds 3        (2 to 5 minutes a run on 2 CPU cores)
 Data:   tiny shakespeare as input.txt in $LMX_DATA/shakespeare, or in data/shakespeare; the first 90 % trains.
