@@ -17,7 +17,7 @@ from lmx.data.store import explained
 class Cell:
     """One run of a sweep: `path` is its folder below the sweep's; status is planned, running, done or failed.
 
-    run: hash of the run's text, so that a cell is known to be done with these very settings.
+    run: hash of the run's settings and texts, so that a cell is known to be done with these very ones.
     """
 
     variant: str
@@ -34,6 +34,7 @@ def sweep(
     out: str | Path,
     train: Callable[[Any, Path], Any],
     metric: str = "valid/loss",
+    texts: Callable[[Any], str] = lambda run: "",
 ) -> Iterator[Cell]:
     """Trains every run with every seed and yields each cell as it ends. Cells that are done are not run again.
 
@@ -44,26 +45,31 @@ def sweep(
       train: (run, folder) -> anything; trains to the end, or goes on from what is in the folder. Only an
         exception that is no `Exception`, such as KeyboardInterrupt, ends the sweep.
       metric: the one the sweep's report compares.
-    Raises: ValueError if the sweep's file is damaged, a cell is done with other settings, or another process
-      sweeps there.
+      texts: a run -> a hash of the texts it reads, so that cells trained on other text are not compared.
+    Raises: ValueError if the sweep's file is damaged, a cell is done with other settings or other text, or
+      another process sweeps there.
     """
     out = Path(out)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     asked = [(replace(runs[variant], seed=seed), variant, seed) for seed in seeds for variant in runs]
     with artifact.alone(out / ".lock"):
-        yield from _sweep(asked, out, train, metric)
+        yield from _sweep(asked, out, train, metric, texts)
 
 
-def _sweep(asked: list[tuple[Any, str, int]], out: Path, train: Callable, metric: str) -> Iterator[Cell]:
+def _sweep(
+    asked: list[tuple[Any, str, int]], out: Path, train: Callable, metric: str, texts: Callable
+) -> Iterator[Cell]:
     earlier = {(cell.variant, cell.seed): cell for cell in read(out)}
     cells = []
     for run, variant, seed in asked:
-        cell = Cell(variant, seed, f"{variant}/seed{seed}", run=artifact.hash_text(values.show(run)))
+        cell = Cell(
+            variant, seed, f"{variant}/seed{seed}", run=artifact.hash_text(values.show(run) + texts(run))
+        )
         before = earlier.pop((variant, seed), cell)
         if before.status == "done" and before.run != cell.run:
             raise ValueError(
-                f"{out / cell.path} was done with other settings; give another folder, or remove this one"
+                f"{out / cell.path} was done with other settings or other text; give another folder, or remove this one"
             )
         cells.append(before if before.status == "done" else cell)
     others = list(earlier.values())

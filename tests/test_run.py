@@ -17,7 +17,7 @@ from lmx.nn import AttentionConfig, MlpConfig
 from lmx.ops.mask import Causal, PrefixLM, SlidingWindow
 from lmx.ops.position import ALiBi, Learned, RoPE
 from lmx.run import Run, experiment, load, trained
-from lmx.train.checkpoint import steps
+from lmx.train.checkpoint import best_step, steps
 from lmx.train.standard import run as run_standard
 from lmx.weights.surgery import Surgery
 
@@ -304,6 +304,31 @@ def test_a_failed_evaluation_costs_no_training(tmp_path):
     assert steps(tmp_path / "out" / "checkpoints") == [3]
 
 
+class Judged(train.Session):
+    """Whose held-out loss is lowest at step 6."""
+
+    def evaluate(self, state):
+        return {"valid/loss": {3: 2.0, 6: 1.0, 8: 5.0}[int(state.step)]}
+
+
+def test_the_best_step_is_kept_although_it_is_no_step_to_save_at(tmp_path):
+    made = train.session(SMALL, cache=tmp_path / "cache", devices=jax.devices()[:1])
+    settings = replace(made.run, steps=8, eval_every=3, save_every=4, keep=1)
+    run_standard(Judged(settings, made.prepared, made.devices), tmp_path / "out")
+    assert steps(tmp_path / "out" / "checkpoints") == [6, 8]
+    assert best_step(tmp_path / "out" / "checkpoints") == 6
+
+
+def test_no_row_is_counted_twice_where_few_are_held_out(tmp_path):
+    found = []
+    for n in (None, 1, 4):
+        few = replace(SMALL, data=replace(SMALL.data, batch_size=64), eval_batches=n)
+        session = train.session(few, cache=tmp_path / "cache", devices=jax.devices()[:1])
+        assert session.prepared.valid.n_rows % 64
+        found.append(session.evaluate(session.init())["valid/loss"])
+    assert found[0] == found[1] == found[2]
+
+
 @dataclass(frozen=True)
 class Breaks(train.Enrich):
     """Batches whose loss is not a number."""
@@ -327,9 +352,8 @@ def test_a_run_that_is_never_finite_stops_and_leaves_its_last_good_checkpoint(tm
 
     session = train.session(sound.run, cache=tmp_path / "cache", devices=jax.devices()[:1])
     session.__dict__["program"] = sound.program._replace(step=step)
-    with pytest.raises(
-        train.standard.Diverged, match=r"step 7: .*not finite 3 times in a row.*Lower optim\.lr"
-    ):
+    told = r"step 7: .*not finite 3 times in a row.*Last good checkpoint: 2\. Lower optim\.lr"
+    with pytest.raises(train.standard.Diverged, match=told):
         run_standard(session, tmp_path / "out")
     assert trained(tmp_path / "out", step=4).params["embed"].shape == (sound.run.model.vocab_size, 32)
     latest = trained(tmp_path / "out")

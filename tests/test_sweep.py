@@ -54,6 +54,14 @@ def test_every_run_is_trained_with_every_seed_once(tmp_path):
     assert list(sweep(RUNS, range(2), tmp_path, again)) == found and again.called == []
 
 
+def test_cells_of_other_text_are_not_joined(tmp_path):
+    train = Train()
+    list(sweep(RUNS, [0], tmp_path, train, texts=lambda run: "as it was"))
+    assert len(list(sweep(RUNS, range(2), tmp_path, train, texts=lambda run: "as it was"))) == 4
+    with pytest.raises(ValueError, match=r"base/seed0 was done with other settings or other text"):
+        next(sweep(RUNS, range(2), tmp_path, train, texts=lambda run: "longer now"))
+
+
 def test_the_file_says_at_each_moment_what_is_done_and_what_runs(tmp_path):
     seen = []
 
@@ -149,7 +157,9 @@ def test_more_seeds_and_variants_join_what_is_done(tmp_path):
 def test_a_cell_done_with_other_settings_is_refused_and_nothing_is_touched(tmp_path):
     list(sweep(RUNS, range(1), tmp_path, Train()))
     before = (tmp_path / "sweep.json").read_text()
-    with pytest.raises(ValueError, match=r"high/seed0 was done with other settings; give another folder"):
+    with pytest.raises(
+        ValueError, match=r"high/seed0 was done with other settings or other text; give another"
+    ):
         list(sweep(RUNS | {"high": Small(lr=2.0)}, range(1), tmp_path, Train()))
     assert (tmp_path / "sweep.json").read_text() == before
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,8 @@ class Options:
     bootstrap: int = 1000
     """Resamples for the intervals."""
     seed: int = 0
+    source: Path | None = None
+    """The experiment that defines the runs' own classes, such as RUN/source.py; it is executed."""
     json: bool = False
     """Prints JSON instead of tables."""
 
@@ -77,15 +80,17 @@ def main(argv: list[str]) -> None:
     from lmx.data.tally import Report
     from lmx.report.runs import read_json
 
+    if asked.source is not None:
+        runs.experiment(asked.source)
     for folder in folders:
         read_json(Path(folder) / RESULTS)  # a damaged one is told before anything is computed
-    texts = [_named(name, asked.unit) for name in names] or [_held_out(folders, asked.step)]
+    texts = [_named(name, asked.unit, _clean(folders)) for name in names] or [_held_out(folders, asked.step)]
     measured = {}
     lossy = []
     for folder in folders:
         step = cli.step_of(Path(folder), asked.step)
         model = runs.trained(folder, step, asked.ema)
-        seq_len = asked.seq_len or model.run.data.seq_len
+        seq_len = model.run.data.seq_len if asked.seq_len is None else asked.seq_len
         lossy += [] if model.tokenizer.lossless else [folder]
         for text in texts:
             report = Report()
@@ -106,7 +111,10 @@ def main(argv: list[str]) -> None:
             how += f", stride {asked.stride}" if asked.stride else ""
             how += f", by {asked.unit}" if names and asked.unit != "paragraph" else ""
             report.warn(text.name)
-            _keep(Path(folder), step, f"{text.name}: {how}", measured[folder, text.name], text)
+            try:
+                _keep(Path(folder), step, f"{text.name}: {how}", measured[folder, text.name], text)
+            except OSError as error:  # what was measured is shown all the same
+                warnings.warn(f"not added to {Path(folder) / RESULTS}: {error}", stacklevel=2)
     first, *others = folders
     differences = {
         (other, text.name): evals.compare(
@@ -140,13 +148,25 @@ class _Text(NamedTuple):
         return [made for spec in specs for made in source(spec).artifacts()]
 
 
-def _named(name: str, unit: str) -> _Text:
+def _clean(folders: list[str]) -> bool:
+    """Whether texts are cleaned as for training. Raises: ValueError if the runs do not agree."""
+    from lmx import run as runs
+
+    cleaned = {folder: runs.load(Path(folder) / "run.txt").data.clean for folder in folders}
+    first, *others = folders
+    for other in others:
+        if cleaned[other] != cleaned[first]:
+            raise ValueError(f"{other} and {first} differ in data.clean; judge them one at a time")
+    return cleaned[first]
+
+
+def _named(name: str, unit: str, clean: bool) -> _Text:
     from lmx.data import Data, Text
 
     found = cli.source_of(name)
     found = replace(found, unit=unit) if isinstance(found, Text) else found
     found.artifacts()  # a missing file is told before anything is computed
-    return _Text(name, Data(train=(found,), valid_share=0.0), "train")
+    return _Text(name, Data(train=(found,), valid_share=0.0, clean=clean), "train")
 
 
 def _held_out(folders: list[str], step: str) -> _Text:

@@ -48,12 +48,15 @@ class Options:
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "generate")
     from lmx.run import trained
+    from lmx.text.normalize import normalize, strip_controls
 
     if asked.samples < 1 or asked.batch_size < 1:
         raise ValueError(f"--samples {asked.samples} --batch-size {asked.batch_size}: give at least 1")
     prompts = [prompt for prompt in _prompts(asked) for _ in range(asked.samples)]
     step = cli.step_of(asked.run, asked.step)
     model = trained(asked.run, step, asked.ema)
+    if model.run.data.clean:  # as the text it was trained on
+        prompts = [strip_controls(normalize(prompt)) for prompt in prompts]
     written = []
     for prompt, completion in _written(model, prompts, asked):
         written.append({"prompt": prompt, "text": completion.text, "reason": completion.reason})

@@ -77,7 +77,8 @@ def main(argv: list[str]) -> None:
             raise KeyboardInterrupt(f"saved step {result.step} of {folder}; repeat the command to go on")
 
     failed = []
-    for i, cell in enumerate(sweeps.sweep(chosen, range(asked.seeds), out, train, asked.metric), 1):
+    cells = sweeps.sweep(chosen, range(asked.seeds), out, train, asked.metric, _texts)
+    for i, cell in enumerate(cells, 1):
         problem = cli.one_line(cell.error, cli.MOST)
         print(f"[{i}/{total}] {cell.path}: {cell.status} {problem}".rstrip(), flush=True)
         failed += [cell.path] if cell.status == "failed" else []
@@ -88,3 +89,16 @@ def main(argv: list[str]) -> None:
     if failed:
         again = "repeat the command to try them again"
         cli.fail(f"sweep: {len(failed)} of {total} runs failed: {', '.join(failed)}; {again}")
+
+
+def _texts(run) -> str:
+    """A hash of the texts that a run reads; empty where one is missing, which the run itself then tells."""
+    from lmx import artifact
+    from lmx.data import source
+
+    try:
+        return artifact.hash_text(
+            " ".join(source(x).fingerprint() for x in (*run.data.train, *run.data.valid))
+        )
+    except (ValueError, OSError):
+        return ""

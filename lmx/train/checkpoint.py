@@ -160,6 +160,10 @@ class Checkpoints:
         """The kept step with the lowest `best` metric, or None if no kept step has it."""
         return best_step(self.folder, self.best)
 
+    def lowest(self) -> float:
+        """The lowest `best` metric of the kept steps; infinity if none has it."""
+        return min(_values(self.folder, self.best).values(), default=math.inf)
+
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict]:
         """(state, meta) of a step, or of the newest whole one: values bit for bit, placed as `like` says.
 
@@ -252,11 +256,17 @@ def steps(folder: str | Path) -> list[int]:
 
 def best_step(folder: str | Path, metric: str | None = "valid/loss") -> int | None:
     """The step with the lowest value of a metric, or None if no step has it."""
+    found = _values(folder, metric)
+    return min(found, key=found.get, default=None)
+
+
+def _values(folder: str | Path, metric: str | None) -> dict[int, float]:
+    """A metric of each step that has it."""
     found = {}
     for step in steps(folder):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             found[step] = float(stored.about(Path(folder) / str(step))["metrics"][metric])
-    return min(found, key=found.get, default=None)
+    return found
 
 
 def load_params(folder: str | Path, like: Any = None, step: int | str = "latest", ema: bool = False) -> Any:

@@ -75,10 +75,10 @@ class Session:
     def _mean_loss(self, params: Any, seq_len: int) -> float:
         batches = replace(self.prepared.valid, seq_len=seq_len)
         rounds = batches.once()
-        if self.run.eval_batches is not None:
+        drawn = self.run.eval_batches
+        if drawn is not None and drawn * batches.batch_size < batches.n_rows:
             mixed = replace(batches, shuffle=True, seed=0)
-            whole = max(1, batches.n_rows // batches.batch_size)
-            rounds = (mixed.batch(n) for n in range(min(self.run.eval_batches, whole)))
+            rounds = (mixed.batch(n) for n in range(drawn))
         rows = local_rows(self.program.mesh, batches.batch_size)
         nats = tokens = 0.0
         for batch in ahead(rounds, depth=2):

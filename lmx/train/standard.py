@@ -61,6 +61,8 @@ def run(
       source: the experiment file, copied beside the results.
       base: the run that this one varies; what differs is written beside the results.
     A checkpoint that cannot be written, but for the last, is a warning: training goes on and the next one is tried.
+    Nothing is saved within a streak of updates that are not finite, so that the good ones before it stay; every lowest
+    held-out loss is saved, whatever `save_every` says.
     Raises: ValueError if `out` holds another run, or another process trains there; OSError if it cannot be
       written; Diverged after `max_skips` updates in a row that are not finite.
     """
@@ -100,7 +102,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
             for sink in log:
                 sink.write(step, line)
             if latest["streak"] >= plan.max_skips:
-                raise Diverged(_diverged(step, plan, checkpoints))
+                raise Diverged(_diverged(step, latest["streak"], checkpoints))
         pending.clear()
 
     def evaluate(step: int) -> None:
@@ -121,7 +123,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
         checkpoints.save(step, state, meta, latest | valid)
         meter.resume()
 
-    step, stopping = start, 0
+    step, stopping, lowest = start, 0, checkpoints.lowest()
     with _stop_signal() as asked:
         try:
             for state, metrics in session.steps(state):
@@ -133,13 +135,17 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
                 last = step == plan.steps
                 if last or stopping or step % plan.eval_every == 0 or step % plan.save_every == 0:
                     flush()
+                best = False
                 if prepared.valid_stores and (last or step % plan.eval_every == 0):
                     try:
                         evaluate(step)
                     except Exception:  # whatever it is, what was trained is worth keeping
                         save(step)
                         raise
-                if last or stopping or step % plan.save_every == 0:
+                    best = valid["valid/loss"] < lowest
+                    lowest = min(lowest, valid["valid/loss"]) if best else lowest
+                regular = step % plan.save_every == 0 and not latest["streak"]
+                if last or stopping or best or regular:
                     save(step)
                 if stopping:
                     break
@@ -219,11 +225,13 @@ def _rates(run: Any, step: int) -> np.ndarray:
     return np.stack([lr_at(update, run.steps, np.arange(step)) for update in updates])
 
 
-def _diverged(step: int, plan: Any, checkpoints: Checkpoints) -> str:
+def _diverged(step: int, streak: int, checkpoints: Checkpoints) -> str:
+    """A checkpoint is good if the step after it was finite: the last update before the streak may have caused it."""
     checkpoints.wait()
+    good = max((saved for saved in checkpoints.steps() if saved < step - streak), default=None)
     return (
-        f"step {step}: loss or gradient not finite {plan.max_skips} times in a row; stopped. "
-        f"Last good checkpoint: {checkpoints.latest()}. Lower optim.lr, or look at the data around this step"
+        f"step {step}: loss or gradient not finite {streak} times in a row; stopped. "
+        f"Last good checkpoint: {good}. Lower optim.lr, or look at the data around this step"
     )
 
 

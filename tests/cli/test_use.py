@@ -129,6 +129,30 @@ def test_generate_streams_what_generate_returns(run, lmx):
     }
 
 
+def test_texts_are_cleaned_as_the_run_was(run, lmx, refused, tmp_path):
+    raw = tmp_path / "raw"
+    shutil.copytree(run[0], raw)
+    text = (raw / "run.txt").read_text(encoding="utf-8")
+    (raw / "run.txt").write_text(text.replace("clean=True", "clean=False"), encoding="utf-8")
+    letters = "\u0958लम\n" * 30  # whose first letter NFC takes apart, into twice its bytes
+    (tmp_path / "nukta.txt").write_text(letters, encoding="utf-8")
+    told = [lmx("eval", out, tmp_path / "nukta.txt", "--bootstrap", "0", "--json") for out in (run[0], raw)]
+    cleaned, as_it_is = (json.loads(one)["results"][0]["bytes"] for one in told)
+    assert cleaned - as_it_is == 30 * 3
+    assert "differ in data.clean" in refused("eval", run[0], raw, tmp_path / "nukta.txt")
+    options = ("--temperature", "0", "--max-tokens", "4")
+    written = [lmx("generate", run[0], prompt, *options) for prompt in ("\u0958", "\u0915\u093c")]
+    assert written[0] == written[1]
+
+
+def test_results_that_cannot_be_kept_are_shown(run, lmx, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy, ignore=shutil.ignore_patterns(".results.lock"))
+    (copy / ".results.lock").mkdir()
+    with pytest.warns(UserWarning, match=r"not added to .*results\.json"):
+        assert "hindi.txt" in lmx("eval", copy, "hindi.txt", "--bootstrap", "0")
+
+
 def test_generate_takes_a_batch_from_a_file_and_keeps_it(run, lmx, tmp_path):
     out, _ = run
     copy = tmp_path / "run"
