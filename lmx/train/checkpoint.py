@@ -92,6 +92,7 @@ class Checkpoints:
         state: Any,
         meta: dict,
         metrics: Mapping[str, float] | None = None,
+        passing: bool = False,
     ) -> None:
         """Copies the arrays to the host and writes in the background; waits only for an earlier save.
 
@@ -102,6 +103,7 @@ class Checkpoints:
         Args:
           meta: small values for JSON: data position, data fingerprint, mesh, versions.
           metrics: only finite values are kept.
+          passing: it is no regular save, and stays only as long as it is the best.
         Raises: TypeError if a leaf of `state` is not an array or number, or `meta` is not JSON.
         """
         self.wait()
@@ -110,7 +112,8 @@ class Checkpoints:
         leaves = {path: x for path, x in stored.leaves(state).items() if not matches(path, self.skip)}
         shapes = {path: [str(x.dtype), list(x.shape)] for path, x in leaves.items()}
         finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
-        text = json.dumps({"step": step, "meta": meta, "metrics": finite, "tree": shapes}, ensure_ascii=False)
+        about = {"step": step, "meta": meta, "metrics": finite, "tree": shapes, "passing": passing}
+        text = json.dumps(about, ensure_ascii=False)
         self._error = _make_folder(self._partial(step)) if jax.process_index() == 0 else None
         if not _all_processes(self._error is None):
             return self._report_failure(step)
@@ -223,7 +226,8 @@ class Checkpoints:
             os.replace(self.folder / str(step), self.folder / f"{step}.{why}.{uuid.uuid4().hex[:6]}")
 
     def _prune(self) -> None:
-        kept = {*self.steps()[-self.keep :], self.best_step()}
+        regular = [step for step in self.steps() if not _passing(self.folder / str(step))]
+        kept = {*regular[-self.keep :], self.best_step()}
         try:
             for old in set(self.steps()) - kept:
                 os.replace(self.folder / str(old), self._partial(old))
@@ -258,6 +262,13 @@ def best_step(folder: str | Path, metric: str | None = "valid/loss") -> int | No
     """The step with the lowest value of a metric, or None if no step has it."""
     found = _values(folder, metric)
     return min(found, key=found.get, default=None)
+
+
+def _passing(source: Path) -> bool:
+    """Whether a checkpoint was saved only because it was the best."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return stored.about(source)["passing"]
+    return False
 
 
 def _values(folder: str | Path, metric: str | None) -> dict[int, float]:

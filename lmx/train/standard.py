@@ -112,7 +112,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
         for sink in log:
             sink.write(step, valid)
 
-    def save(step: int) -> None:
+    def save(step: int, passing: bool = False) -> None:
         for sink in log:
             sink.flush()
         meta = {
@@ -120,7 +120,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
             "run": values.show(plan),
         }
         meter.pause()
-        checkpoints.save(step, state, meta, latest | valid)
+        checkpoints.save(step, state, meta, latest | valid, passing)
         meter.resume()
 
     step, stopping, lowest = start, 0, checkpoints.lowest()
@@ -144,9 +144,9 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
                         raise
                     best = valid["valid/loss"] < lowest
                     lowest = min(lowest, valid["valid/loss"]) if best else lowest
-                regular = step % plan.save_every == 0 and not latest["streak"]
-                if last or stopping or best or regular:
-                    save(step)
+                regular = last or stopping or (step % plan.save_every == 0 and not latest["streak"])
+                if regular or best:
+                    save(step, passing=not regular)
                 if stopping:
                     break
         finally:
