@@ -20,6 +20,7 @@ from lmx.mesh import MeshConfig
 from lmx.models import Model, TransformerConfig, build
 from lmx.optim import AdamW, Schedule, Update
 from lmx.train.checkpoint import load_params
+from lmx.train.metrics import NAMES
 from lmx.train.step import Enrich
 from lmx.weights.surgery import Surgery, chain
 
@@ -56,6 +57,8 @@ class Run:
         for name in ("steps", "n_micro", "eval_every", "save_every", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Run: {name}={getattr(self, name)} must be at least 1")
+        if self.steps >= 2**31:
+            raise ValueError(f"Run: steps={self.steps} is beyond 2**31 - 1, the last step that int32 counts")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"Run: seed={self.seed} is outside 0 to 2**32 - 1")
         if self.eval_batches is not None and self.eval_batches < 1:
@@ -64,6 +67,12 @@ class Run:
             raise ValueError(f"Run: eval_lengths={self.eval_lengths} must be at least 1 each")
         if not self.objective:
             raise ValueError("Run: objective has no term; use {'ce': Term(NextToken())}")
+        for name in self.objective:
+            if name in NAMES or name.startswith("valid/"):
+                raise ValueError(
+                    f"Run: objective term {name!r} would write over the metric of that name; rename it, to "
+                    f"none of {', '.join(NAMES)}, valid/..."
+                )
 
     def override(self, changes: dict[str, str]) -> Run:
         """Fields replaced by text, as `--set optim.lr=3e-4` does."""
@@ -113,7 +122,15 @@ def load(path: str | Path) -> Run:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    return values.parse(text, Run, str(path))
+    try:
+        return values.parse(text, Run, str(path))
+    except ValueError as error:
+        source = path.with_name("source.py")
+        if not source.exists():
+            raise
+        raise ValueError(
+            f"{error}; if that is a class defined in its source.py, give --source {source}, which executes it"
+        ) from None
 
 
 def _in_shares(value: Any, steps: int) -> Any:

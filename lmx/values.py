@@ -1,4 +1,4 @@
-"""Trees of frozen dataclasses as text: shown, read back, overridden by path, compared.
+"""Trees of frozen dataclasses as text: shown, read back, overridden by path, compared; and their numbers checked.
 
 Text is read with `ast`, never executed. A class name is looked up among the subclasses of the declared type
 of the field it is given to, so a new subclass needs no registration.
@@ -91,6 +91,23 @@ def diff(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
         for path in [*left, *(p for p in right if p not in left)]
         if _differ(left.get(path), right.get(path))
     }
+
+
+def check(owner: Any, **ranges: str) -> None:
+    """Refuses a number outside its range: `check(self, b1="[0, 1)", clip="(0, inf) or None")`, once it is built.
+
+    Raises: ValueError naming class, field, value and range; NaN lies in none.
+    """
+    for name, wanted in ranges.items():
+        value = getattr(owner, name)
+        interval, _, none = wanted.partition(" or ")
+        if none and value is None:
+            continue
+        low, high = map(float, interval[1:-1].split(","))
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise ValueError(f"{type(owner).__name__}: {name}={value} is not in {wanted}")
 
 
 def _differ(a: Any, b: Any) -> bool:

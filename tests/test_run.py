@@ -18,6 +18,8 @@ from lmx.ops.mask import Causal, PrefixLM, SlidingWindow
 from lmx.ops.position import ALiBi, Learned, RoPE
 from lmx.run import Run, experiment, load, trained
 from lmx.train.checkpoint import best_step, steps
+from lmx.train.metrics import NAMES
+from lmx.train.standard import rate_of
 from lmx.train.standard import run as run_standard
 from lmx.weights.surgery import Surgery
 
@@ -90,7 +92,16 @@ def test_settings_are_overridden_by_text(change, want):
     [
         (lambda: Run(steps=0), "Run: steps=0 must be at least 1"),
         (lambda: Run(n_micro=-1), "n_micro=-1"),
+        (lambda: Run(steps=2**31), "steps=2147483648 is beyond"),
         (lambda: Run(objective={}), "objective has no term; use {'ce': Term"),
+        *(
+            (
+                lambda name=name: Run(objective={name: Term(NextToken())}),
+                f"objective term '{name}' would write",
+            )
+            for name in (*NAMES, "valid/loss")
+        ),
+        (lambda: Run().override({"objective.ce.weight": "nan"}), r"Term: weight=nan is not in \(-inf, inf\)"),
         (lambda: Run().override({"optim.lrate": "1"}), "no setting 'optim.lrate'; did you mean optim.lr"),
         (lambda: Run().override({"model.position": "Rope()"}), "'Rope\\(\\)' is not one of .*RoPE"),
         (lambda: Run().override({"model.attention.mask": "Causal() & SameSegment()"}), "not a plain value"),
@@ -132,6 +143,14 @@ def test_schedules_that_count_steps_shrink_with_the_run():
     assert peak == pytest.approx([0.1, 0.1]) and lr[1].max() == pytest.approx(1e-3)
     partner = RUNS["everything"].tiny().optim.partner.schedule
     assert (partner.warmup, partner.decay) == (0.01, 0.3)
+
+
+def test_the_rates_of_a_run_of_any_length_are_those_of_its_schedule():
+    run = Run(steps=2**31 - 1, optim=optim.AdamW(schedule=optim.WSD(warmup=5000, decay=0.5)))
+    updates = [0, 4095, 4096, 4095, 5001, run.steps // 4 * 3, run.steps - 1]
+    rate = rate_of(run)
+    want = optim.lr_at(run.optim, run.steps, np.array(updates))
+    np.testing.assert_array_equal(np.float32([rate(update) for update in updates]), want)
 
 
 def test_what_cannot_be_read_is_told(tmp_path):
@@ -228,6 +247,8 @@ def test_a_trained_model_is_read_from_its_folder(tmp_path):
     assert found.run == session.run and found.run.model.vocab_size == session.prepared.tokenizer.vocab_size
     jax.tree.map(np.testing.assert_array_equal, found.params, result.state.params)
     assert found.tokenizer.decode(found.tokenizer.encode(LINES[3])) == LINES[3]
+    written = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {name for line in written for name in line if not name.startswith("valid/")} <= set(NAMES)
     tokens = jnp.asarray([found.tokenizer.encode(LINES[3])], jnp.int32)
     logits = found.model.apply(found.params, {"tokens": tokens}).logits
     assert logits.shape == (1, tokens.shape[1], found.run.model.vocab_size) and jnp.isfinite(logits).all()

@@ -358,6 +358,25 @@ def test_leaves_and_diff_name_every_choice():
     assert values.diff(a, a) == {}
 
 
+@given(st.floats() | ints, st.sampled_from(["[0, 1)", "(0, inf)", "(-inf, inf)", "[1, inf)", "(0, inf]"]))
+def test_a_number_is_refused_outside_its_range(x, wanted):
+    """Against the sets themselves: the reals between the ends, and the ends that a square bracket takes in."""
+    low, high = (float(end) for end in wanted.strip("[]()").split(","))
+    inside = low < x < high or (x == low and wanted[0] == "[") or (x == high and wanted[-1] == "]")
+    with (
+        contextlib.nullcontext()
+        if inside
+        else pytest.raises(ValueError, match=r"Circle: radius=.* is not in")
+    ):
+        values.check(Circle(x), radius=wanted)
+
+
+def test_none_is_a_number_only_where_it_is_named():
+    values.check(Circle(None), radius="(0, inf) or None")
+    with pytest.raises(ValueError, match=r"Circle: radius=0 is not in \(0, inf\) or None"):
+        values.check(Circle(0), radius="(0, inf) or None")
+
+
 def test_errors_of_a_class_keep_their_words():
     with pytest.raises(ValueError, match="steps=0 must be at least 1"):
         values.override(Run(), {"steps": "0"})

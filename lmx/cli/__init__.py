@@ -25,7 +25,7 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -76,7 +76,7 @@ def _dispatch(argv: list[str]) -> None:
         fail(f"{verb}: {str(stop) or f'stopped{again}'}", status=130)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if os.environ.get("LMX_TRACE") or _is_bug(error):
             raise
         fail(f"{verb}: {_sentence(error)}")
@@ -121,15 +121,26 @@ def step_of(run: Path, asked: str) -> int:
     return step
 
 
-def folder_name(variant: str, tiny: bool, changes: dict[str, str]) -> str:
+def folder_name(variant: str, tiny: bool, changes: dict[str, str], runs: Iterable = ()) -> str:
     """The name of the folder for a variant with changed settings; long or odd values end in a hash.
+
+    A setting goes by as much of the end of its path as tells it from all other settings of the runs.
 
     >>> folder_name("alibi", True, {"optim.lr": "3e-4"})
     'alibi-tiny-lr=3e-4'
+    >>> folder_name("base", False, {"model.mlp.bias": "true", "model.norm.bias": "true"})
+    'base-mlp.bias=true-norm.bias=true'
     """
+    from lmx import values
+
     words = [variant.replace("/", "_"), *(["tiny"] if tiny else [])]
+    paths = {*changes, *(path for run in runs for path in values.leaves(run))}
     for path, text in changes.items():
-        asked = f"{path.split('.')[-1]}={text}"
+        names = path.split(".")
+        ends = (".".join(names[i:]) for i in reversed(range(len(names))))
+        others = [f".{other}" for other in paths - {path}]
+        short = next((end for end in ends if not any(o.endswith(f".{end}") for o in others)), path)
+        asked = f"{short}={text}"
         name = re.sub(r"[\s\"'(){}\[\]<>|:*?/\\,;&$!`]+", "_", asked)[:40]
         words.append(name if name == asked else f"{name}-{zlib.crc32(asked.encode()) & 0xFFFFFF:06x}")
     return "-".join(words)
@@ -145,11 +156,20 @@ def options(kind: type, argv: list[str], doc: str, prog: str):
 
 
 def changes(settings: list[str]) -> dict[str, str]:
-    """`["optim.lr=3e-4"]` as a dict. Raises: ValueError for a setting without `=`."""
+    """`["optim.lr=3e-4"]` as a dict in which the last word wins: a setting undoes earlier ones of what it sets.
+
+    >>> changes(["optim.lr=1e-3", "optim=Lion()", "optim.lr=3e-4"])
+    {'optim': 'Lion()', 'optim.lr': '3e-4'}
+
+    Raises: ValueError for a setting without `=`.
+    """
+    found: dict[str, str] = {}
     for setting in settings:
-        if "=" not in setting:
+        path, sign, text = setting.partition("=")
+        if not sign:
             raise ValueError(f"--set {setting}: write --set path.to.field=value, such as --set optim.lr=3e-4")
-    return dict(setting.split("=", 1) for setting in settings)
+        found = {p: t for p, t in found.items() if not f"{p}.".startswith(f"{path}.")} | {path: text}
+    return found
 
 
 def source_of(name: str):
@@ -169,7 +189,10 @@ def _is_bug(error: Exception) -> bool:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED.* memory", text):
+        return f"no memory left ({text}); make data.seq_len, data.batch_size or the model smaller"
+    return text
 
 
 @contextmanager

@@ -39,6 +39,8 @@ class Options:
     """Of the checkpoint: latest, best or a number."""
     ema: bool = False
     """The moving average of the parameters, which a run with optim.ema keeps."""
+    source: Path | None = None
+    """The experiment that defines the run's own classes; it is executed."""
     save: bool = False
     """Adds what was written to RUN/samples.jsonl, for the report."""
     json: bool = False
@@ -47,12 +49,14 @@ class Options:
 
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "generate")
-    from lmx.run import trained
+    from lmx.run import experiment, trained
     from lmx.text.normalize import normalize, strip_controls
 
     if asked.samples < 1 or asked.batch_size < 1:
         raise ValueError(f"--samples {asked.samples} --batch-size {asked.batch_size}: give at least 1")
     prompts = [prompt for prompt in _prompts(asked) for _ in range(asked.samples)]
+    if asked.source is not None:
+        experiment(asked.source)
     step = cli.step_of(asked.run, asked.step)
     model = trained(asked.run, step, asked.ema)
     if model.run.data.clean:  # as the text it was trained on

@@ -23,10 +23,16 @@ class Options:
     """A run's folder."""
     preset: str | None = None
     """A model shape known by name."""
+    source: Path | None = None
+    """The experiment that defines the run's own classes; it is executed."""
 
 
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "info")
+    if asked.source is not None:
+        from lmx import run as runs
+
+        runs.experiment(asked.source)
     if asked.run is not None:
         rows = _run(asked.run)
     elif asked.preset:

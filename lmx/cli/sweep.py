@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
         chosen[name] = (run.tiny() if asked.tiny else run).override(changes)
         if asked.metric not in (measured := training.metric_names(chosen[name])):
             raise ValueError(f"--metric {asked.metric}: {name} measures {', '.join(measured)}")
-    out = asked.out or Path("runs", experiment.name, cli.folder_name("sweep", asked.tiny, changes))
+    folder = cli.folder_name("sweep", asked.tiny, changes, chosen.values())
+    out = asked.out or Path("runs", experiment.name, folder)
     total = len(chosen) * asked.seeds
 
     def train(run, folder: Path):

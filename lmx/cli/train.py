@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     if asked.show:
         print(values.show(run))
         return
-    out = asked.out or Path("runs", experiment.name, cli.folder_name(asked.variant, asked.tiny, changes))
+    folder = cli.folder_name(asked.variant, asked.tiny, changes, [run])
+    out = asked.out or Path("runs", experiment.name, folder)
     more = {"tensorboard": asked.tensorboard, "wandb": asked.wandb, "distributed": asked.distributed}
     train(experiment, run, out, **more)
 

@@ -75,7 +75,9 @@ class Source(ABC):
         paths = self.files()
         if len(paths) > MANY_FILES:
             facts = {"files": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
-            return [artifact.Artifact(artifact.SET, self.fingerprint(), str(paths[0].parent), facts)]
+            return [
+                artifact.Artifact(artifact.SET, self.fingerprint(), str(paths[0].parent.absolute()), facts)
+            ]
         return [artifact.read(path) or _raw(path) for path in paths]
 
     def fingerprint(self) -> str:
@@ -228,7 +230,7 @@ class Parquet(_Files):
         pyarrow, parquet = _pyarrow()
         try:
             file = parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowInvalid, OSError) as error:
             raise ValueError(
                 f"{path}: not a readable Parquet file ({error}); fetch or write it again"
             ) from None
@@ -327,18 +329,25 @@ def source(spec: str | Source) -> Source:
     Jsonl(path='a/*.jsonl.gz', field='text')
     >>> source("tfds:wiki40b/hi")
     Tfds(name='wiki40b/hi', split='train', field='text', data_dir=None)
+
+    Raises: ValueError for *.json, which is no text, and does not say whether it holds an object a line.
     """
     if isinstance(spec, Source):
         return spec
     if spec.startswith("tfds:"):
         return Tfds(spec.removeprefix("tfds:"))
     ending = Path(spec.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
+    if ending == ".json":
+        raise ValueError(
+            f"{spec}: JSON is not read as text; if it has an object a line, give Jsonl({spec!r}), if it is one "
+            "array, write an object a line first: jq -c '.[]' FILE.json > FILE.jsonl"
+        )
     kind = {".jsonl": Jsonl, ".ndjson": Jsonl, ".parquet": Parquet}.get(ending, Text)
     return kind(spec)
 
 
 def _raw(path):
-    return artifact.Artifact("file", hash_of(path), str(path), {"bytes": path.stat().st_size})
+    return artifact.Artifact("file", hash_of(path), str(path.absolute()), {"bytes": path.stat().st_size})
 
 
 def _checked(text, where, report):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def prepare_tfds(
     version: str = "1.0.0",
     description: str = "Documents prepared by lmx.",
 ) -> Path:
-    """Writes documents, read once and in order, as a TFDS dataset in ArrayRecord files; a finished one is
-    kept as it is.
+    """Writes documents, read once and in order, as a TFDS dataset in ArrayRecord files; a finished one of
+    the same documents is kept as it is, and so, with a warning, is one whose documents cannot be compared.
 
     Args:
       documents: a source or stream of documents, the split "train"; or a stream for each split by name.
@@ -43,7 +44,8 @@ def prepare_tfds(
       too).
       data_dir: TFDS root: the dataset comes to data_dir/name[/config]/version.
     Returns: the folder of the dataset. Features: text and id, both Text, and more, bool (see sources.py).
-    Raises: ImportError naming what to install, ValueError on a bad name, OSError that names the folder.
+    Raises: ImportError naming what to install; ValueError on a bad name, or where a dataset of other documents
+      has it; OSError that names the folder.
     """
     tfds = _tfds()
     dataset, _, config = name.partition("/")
@@ -86,16 +88,38 @@ def prepare_tfds(
         builder = Builder(
             data_dir=str(data_dir), file_format="array_record", **({"config": setup} if setup else {})
         )
-        builder.download_and_prepare()
         folder = Path(builder.data_path)
-        if artifact.read(folder) is None:
-            parents = [
-                a for stream in splits.values() if isinstance(stream, Source) for a in stream.artifacts()
-            ]
-            artifact.record(
-                folder, "tfds", parents, {"name": name, "version": version, "splits": list(splits)}
-            )
+        sources = {split: stream for split, stream in splits.items() if isinstance(stream, Source)}
+        known = {split: stream.fingerprint() for split, stream in sources.items()}
+        if folder.is_dir():
+            _check_same(folder, list(splits), known)
+            return folder
+        builder.download_and_prepare()
+        parents = [parent for stream in sources.values() for parent in stream.artifacts()]
+        facts = {"name": name, "version": version, "splits": list(splits), "documents": known}
+        artifact.record(folder, "tfds", parents, facts)
     return folder
+
+
+def _check_same(folder: Path, splits: list[str], known: dict[str, str]) -> None:
+    """That a finished dataset has these splits, and the documents of those whose fingerprint is known.
+
+    Warns where it cannot be known. Raises: ValueError where they differ.
+    """
+    made = artifact.read(folder)
+    before = made.facts.get("documents", {}) if made else {}
+    other = [split for split in splits if split in known and known[split] != before.get(split, known[split])]
+    if other or (made and set(made.facts.get("splits", splits)) != set(splits)):
+        what = f"split {other[0]!r} of other documents" if other else f"splits {made.facts['splits']}"
+        raise ValueError(
+            f"prepare_tfds: {folder} was made before, with {what}; give another version or data_dir"
+        )
+    if unknown := [split for split in splits if not (split in known and split in before)]:
+        warnings.warn(
+            f"{folder} was made before and is taken as it is: whether split {unknown[0]!r} has these "
+            "documents is not known; if not, give another version or data_dir",
+            stacklevel=3,
+        )
 
 
 def folder_of(name: str, data_dir: str | None = None) -> Path:

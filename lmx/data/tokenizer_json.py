@@ -5,8 +5,8 @@
     tokenizer.save("out"); Tokenizer.load("out")
 
 How each kind is trained is in tokenizer.py; here is what they share, and what holds for any file: text never
-becomes a special token, whatever it spells; nothing is cut or padded; `token_bytes` tells the UTF-8 bytes of
-every id, so that a stream can put characters together itself.
+becomes a special token, whatever it spells; nothing is cut, padded or left to chance; `token_bytes` tells the
+UTF-8 bytes of every id, so that a stream can put characters together itself.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Tokenizer:
         that has none; a role not named is found by its usual names. name: what errors call it."""
         rust.no_truncation()
         rust.no_padding()
+        if isinstance(rust.model, tokenizers.models.BPE):
+            rust.model.dropout = None
         rust.encode_special_tokens = True
         layout = json.loads(rust.to_str())
         vocab = rust.get_vocab(with_added_tokens=True)

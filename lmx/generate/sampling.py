@@ -63,7 +63,11 @@ class Sampling:
                 0 < self.repetition_penalty < math.inf,
                 "use 1 (off) or more, such as 1.2",
             ),
-            ("max_tokens", self.max_tokens >= 0, "use 0 or more"),
+            (
+                "max_tokens",
+                0 <= self.max_tokens <= 2**29,
+                "use 0 to 2**29: positions are int32, and room for them is made in powers of two",
+            ),
             ("seed", 0 <= self.seed < 2**32, "use an integer in [0, 2**32)"),
         ):
             if not fits:

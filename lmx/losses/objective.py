@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lmx import values
 from lmx.losses.base import Loss
 
 
@@ -27,6 +28,9 @@ class Term:
     loss: Loss
     weight: float = 1.0
     mask: str = "loss_mask"
+
+    def __post_init__(self):
+        values.check(self, weight="(-inf, inf)")
 
 
 def counts(objective: Mapping[str, Term], batch: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from lmx import values
 from lmx.mesh import ROWS, Rules, fit
 from lmx.nn import PRODUCT, Block, BlockConfig, Context, Norm, weight
 from lmx.ops import flash
@@ -64,10 +65,9 @@ class TransformerConfig(BlockConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        values.check(self, vocab_size="[1, inf) or None", d_model="[1, inf)", n_layers="[1, inf)")
+        values.check(self, logit_softcap="(0, inf) or None", init_std="[0, inf)", unroll="[1, inf) or None")
         self.attention.width(self.d_model)
-        for name in ("d_model", "n_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TransformerConfig: {name}={getattr(self, name)} must be at least 1")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f'TransformerConfig: dtype={self.dtype!r}; use "float32" or "bfloat16"')
         if self.remat not in ("none", *REMAT):

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lmx import values
 from lmx.nn.linear import Linear
 from lmx.nn.norm import Norm, NormConfig
 from lmx.ops.mask import Causal, Mask, SameSegment, Where
@@ -46,6 +47,8 @@ class AttentionConfig:
                 f"AttentionConfig: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; "
                 f"use {', '.join(fits)}"
             )
+        values.check(self, head_dim="[1, inf) or None")
+        values.check(self, softcap="(0, inf) or None", scale="(0, inf) or None")
 
     @property
     def kv_heads(self) -> int:

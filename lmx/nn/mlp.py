@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from lmx import values
 from lmx.nn.linear import Linear
 from lmx.ops import activation
 
@@ -29,6 +30,7 @@ class MlpConfig:
     bias: bool = False
 
     def __post_init__(self):
+        values.check(self, d_ff="[1, inf) or None")
         if self.activation not in PLAIN | GATED:
             raise ValueError(f"MlpConfig: activation={self.activation!r}; use {', '.join(PLAIN | GATED)}")
 

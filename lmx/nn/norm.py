@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lmx import values
 from lmx.ops.norm import layer_norm, rms_norm
 
 
@@ -20,6 +21,7 @@ class NormConfig:
     bias: bool = False
 
     def __post_init__(self):
+        values.check(self, eps="[0, inf)")
         if self.kind not in ("rms", "layer"):
             raise ValueError(f'NormConfig: kind={self.kind!r}; use "rms" or "layer"')
         if self.bias and self.kind == "rms":

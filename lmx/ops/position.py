@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lmx import values
+
 Weights = dict[str, Array]
 
 
@@ -96,6 +98,9 @@ class Sinusoidal(Position):
 
     theta: float = 1e4
     scale: float = 1.0
+
+    def __post_init__(self):
+        values.check(self, theta="(0, inf)", scale="(-inf, inf)")
 
     def embed(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], w: Weights
@@ -224,6 +229,7 @@ class RoPE(Position):
     scaling: Scaling = Scaling()
 
     def __post_init__(self):
+        values.check(self, theta="(0, inf)")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"RoPE: fraction={self.fraction} is outside (0, 1]; use NoPE() to turn nothing")
 

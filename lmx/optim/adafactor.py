@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmx import tree
+from lmx import tree, values
 from lmx.optim.base import Update
 
 
@@ -39,6 +39,10 @@ class Adafactor(Update):
     max_rms: float = 1.0
     relative: bool = True
     min_scale: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        values.check(self, b2_power="[0, inf)", max_rms="(0, inf]", min_scale="[0, inf)")
 
     def direction(self, params: Any) -> optax.GradientTransformation:
         def init(params):

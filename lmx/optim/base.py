@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmx import tree
+from lmx import tree, values
 from lmx.optim.ema import ema
 from lmx.optim.schedules import Cosine, Schedule
 
@@ -46,13 +46,8 @@ class Update(ABC):
     ema: float | None = None
 
     def __post_init__(self):
-        for name in ("lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{type(self).__name__}: {name}={getattr(self, name)} is negative; use 0 or more"
-                )
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"{type(self).__name__}: clip={self.clip} is not positive; None is off")
+        values.check(self, lr="[0, inf)", weight_decay="[0, inf)")
+        values.check(self, clip="(0, inf) or None", ema="[0, 1) or None")
 
     def build(self, steps: int, params: Any) -> optax.GradientTransformation:
         """The transformation for a run of `steps` steps on parameters (or their shapes) like `params`.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmx import values
 from lmx.optim.base import Update
 
 
@@ -24,6 +25,10 @@ class AdamW(Update):
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+
+    def __post_init__(self):
+        super().__post_init__()
+        values.check(self, b1="[0, 1)", b2="[0, 1)", eps="[0, inf)")
 
     def direction(self, params: Any) -> optax.GradientTransformation:
         return adam(self.b1, self.b2, self.eps)
@@ -44,8 +49,7 @@ class Lion(Update):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0.0 < self.b2 < 1.0:
-            raise ValueError(f"Lion: b2={self.b2} is not in (0, 1); 0.98 and 0.99 are usual")
+        values.check(self, b1="[0, 1)", b2="(0, 1)")
 
     def direction(self, params: Any) -> optax.GradientTransformation:
         return lion(self.b1, self.b2)
@@ -64,6 +68,10 @@ class Sgd(Update):
     weight_decay: float = 0.0
     momentum: float = 0.9
     nesterov: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        values.check(self, momentum="[0, 1)")
 
     def direction(self, params: Any) -> optax.GradientTransformation:
         return optax.trace(self.momentum, self.nesterov) if self.momentum else optax.identity()

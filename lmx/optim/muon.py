@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from lmx import tree
+from lmx import tree, values
 from lmx.optim.base import Update
 from lmx.optim.elementwise import AdamW
 
@@ -47,6 +47,7 @@ class Muon(Update):
 
     def __post_init__(self):
         super().__post_init__()
+        values.check(self, momentum="[0, 1)", ns_steps="[1, inf)")
         if self.scale not in ("adamw", "spectral"):
             raise ValueError(f'Muon: scale={self.scale!r} is unknown; use "adamw" or "spectral"')
         if self.partner.ema is not None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from lmx import values
+
 Curve = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
@@ -68,6 +70,9 @@ class Linear(Schedule):
 
     end: float = 0.0
 
+    def __post_init__(self):
+        values.check(self, end="[0, 1]")
+
     def shaped(self, warmup: int, steps: int) -> Curve:
         return lambda t: 1.0 - (1.0 - self.end) * _progress(t, warmup, steps)
 
@@ -81,6 +86,9 @@ class Cosine(Schedule):
     """
 
     end: float = 0.1
+
+    def __post_init__(self):
+        values.check(self, end="[0, 1]")
 
     def shaped(self, warmup: int, steps: int) -> Curve:
         return lambda t: self.end + (1.0 - self.end) * _half_cosine(_progress(t, warmup, steps))
@@ -106,6 +114,7 @@ class WSD(Schedule):
     shape: str = "sqrt"
 
     def __post_init__(self):
+        values.check(self, end="[0, 1]")
         if self.shape not in _FALLS:
             raise ValueError(f"WSD: shape={self.shape!r} is unknown; use one of {', '.join(_FALLS)}")
 

@@ -16,6 +16,12 @@ from typing import Any
 
 from lmx.train.peak import peak_flops
 
+NAMES = (
+    *("step", "loss", "grad_norm", "skipped", "streak", "tokens", "lr"),
+    *("first_step_seconds", "step_seconds", "tokens_per_sec", "mfu"),
+)
+"""What a line of a training step holds, beside each term of an objective that has several."""
+
 
 class Sink:
     """A place for metrics; this one drops them."""

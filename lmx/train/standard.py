@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def run(
 
 def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None, base: Any) -> Result:
     plan, prepared = session.run, session.prepared
-    origin = artifact.Artifact("run", artifact.hash_text(values.show(plan) + "\n"), str(out / "run.txt"))
+    origin = artifact.Artifact(
+        "run", artifact.hash_text(values.show(plan) + "\n"), str((out / "run.txt").absolute())
+    )
     checkpoints = Checkpoints(out / FOLDER, keep=plan.keep, made_from=(*prepared.made_from, origin))
     state, start = _begin(session, checkpoints, out)
     first = jax.process_index() == 0
@@ -88,7 +91,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
     tokens = plan.data.batch_size * plan.data.seq_len
     flops = models.flops_per_token(plan.model, plan.data.seq_len)
     meter = Meter(tokens, flops, session.program.mesh, dtype=plan.model.dtype)
-    rates = np.asarray(lr_at(plan.optim, plan.steps, np.arange(plan.steps)))
+    rate = rate_of(plan)
     latest: dict[str, float] = {}
     valid: dict[str, float] = {}
     pending: list = []
@@ -97,7 +100,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
         """Writes the metrics of the steps before; the newest is left on the device until the next one runs."""
         for step, metrics in pending:
             latest.update(to_host(metrics))
-            latest["lr"] = float(rates[step - 1 - latest["skipped"] + bool(latest["streak"])])
+            latest["lr"] = rate(step - 1 - latest["skipped"] + bool(latest["streak"]))
             line = latest | meter.tick(step)
             for sink in log:
                 sink.write(step, line)
@@ -217,6 +220,17 @@ def _check_settings(session: Session, text: str, step: int, out: Path) -> None:
     if changed:
         listed = "; ".join(f"{path}: {a!r:.99} there, {b!r:.99} asked" for path, (a, b) in changed.items())
         raise ValueError(f"{out} holds another run ({listed}); choose another folder or the same settings")
+
+
+def rate_of(run: Any, block: int = 4096) -> Callable[[int], float]:
+    """The learning rate of an update, by its number from 0. Computed for a block of them at once: a rate asked
+    of the device alone would wait for the step that it is at."""
+
+    @lru_cache(maxsize=2)
+    def rates(n: int) -> np.ndarray:
+        return np.asarray(lr_at(run.optim, run.steps, np.arange(n * block, (n + 1) * block)))
+
+    return lambda update: float(rates(update // block)[update % block])
 
 
 def _rates(run: Any, step: int) -> np.ndarray:

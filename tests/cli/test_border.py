@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from lmx import Run, cli
+from lmx import Run, cli, optim, values
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -181,6 +181,13 @@ def test_a_bug_keeps_its_traceback(tmp_path):
         cli.main(["train", str(tmp_path / "buggy.py")])
 
 
+@pytest.mark.parametrize("too_much", ["bytearray(1 << 60)", "jax.numpy.zeros(1 << 60, 'int8')"])
+def test_no_memory_left_is_told_in_a_line(refused, tmp_path, too_much):
+    (tmp_path / "large.py").write_text(f"import jax\ndef base():\n    return {too_much}\n")
+    told = refused("train", tmp_path / "large.py")
+    assert re.search(r"no memory left \(.+\); make data.seq_len, .* smaller", told)
+
+
 def test_a_mistake_can_be_traced(monkeypatch):
     monkeypatch.setenv("LMX_TRACE", "1")
     with pytest.raises(FileNotFoundError):
@@ -195,3 +202,24 @@ def test_folders_are_named_after_what_was_changed():
     ]
     assert len(set(names)) == 3 and all(n.startswith("alibi-tiny-train=") and len(n) < 80 for n in names)
     assert not any(set(n) & set("/\"'()* ") for n in names)
+
+
+def test_folders_of_different_settings_differ():
+    run = Run().override({"optim": "Muon()"})
+    paths = [path for path, value in values.leaves(run).items() if not isinstance(value, str)]
+    names = [cli.folder_name("base", False, {path: "1"}, [run]) for path in paths]
+    assert len(set(names)) == len(names) > 50
+    assert {"base-steps=1", "base-ns_steps=1", "base-partner.lr=1", "base-mlp.bias=1"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    "settings, want",
+    [
+        ("optim.lr=1 optim=Lion() optim.lr=3", optim.Lion(lr=3.0)),
+        ("optim.lr=1 optim=Lion()", optim.Lion()),
+        ("optim=Muon() optim.ns_steps=3 optim=Lion(b1=0.5)", optim.Lion(b1=0.5)),
+        ("optim.lr=1 optim.clip=2 optim.lr=3", optim.AdamW(lr=3.0, clip=2.0)),
+    ],
+)
+def test_the_last_setting_wins(settings, want):
+    assert Run().override(cli.changes(settings.split())).optim == want

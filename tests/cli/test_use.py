@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -230,6 +231,30 @@ def test_explain_leads_from_the_model_to_the_text_and_sees_a_changed_byte(run, l
     finally:
         (folder / "hindi.txt").write_bytes(text)
     assert len(changed) == 1 and str(folder / "hindi.txt") in changed[0]
+
+
+def test_explain_finds_what_was_named_from_another_folder(run, lmx, tmp_path, monkeypatch):
+    out = run[0].absolute()
+    lmx("tokenizer", "train", "hindi.txt", "--spec", "Bpe(vocab_size=300)", "--out", tmp_path / "t.json")
+    monkeypatch.chdir(tmp_path)
+    for path, n in ((out, 6), ("t.json", 2)):
+        lines = lmx("explain", path).splitlines()
+        assert len(lines) >= n and all(re.search(r"content unchanged$|  \(above\)$", line) for line in lines)
+
+
+@pytest.mark.parametrize("verb", ["info", "generate"])
+def test_a_run_with_a_class_of_its_own_names_the_way_to_it(run, lmx, refused, tmp_path, verb):
+    own, copy = f"Own{verb.title()}", tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    source = copy / "source.py"
+    source.write_text(f"import lmx\nclass {own}(lmx.optim.Cosine): pass\nbase = lmx.Run\n")
+    text = (copy / "run.txt").read_text(encoding="utf-8")
+    assert "Cosine(" in text
+    (copy / "run.txt").write_text(text.replace("Cosine(", f"{own}("), encoding="utf-8")
+    words = (verb, copy, *(("नदी", "--max-tokens", "3") if verb == "generate" else ()))
+    told = refused(*words)
+    assert f"{own}(" in told and "is not one of" in told and f"give --source {source}" in told
+    assert lmx(*words, "--source", source)
 
 
 @pytest.mark.slow

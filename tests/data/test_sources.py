@@ -17,7 +17,7 @@ from reading import HINDI, read
 
 from lmx import values
 from lmx.data import files
-from lmx.data.sources import Documents, Jsonl, Parquet, Source, Text, source
+from lmx.data.sources import MANY_FILES, Documents, Jsonl, Parquet, Source, Text, source
 
 RNG = random.Random(0)
 DAMAGED_LINES = [json.dumps({"text": f"document {i} {RNG.random()}"}) for i in range(60_000)]
@@ -193,9 +193,12 @@ def test_parquet_is_read_by_batches_and_its_problems_are_clear(tmp_path):
         read(Parquet(str(path), field="body"))
     with pytest.raises(ValueError, match=r"column 'n' holds int64, not text"):
         read(Parquet(str(path), field="n"))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"a.parquet: not a readable Parquet file"):
-        read(Parquet(str(path)))
+    whole = path.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    for damaged in (whole[:-20], whole[: -8 - footer] + b"\xff" * footer + whole[-8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a.parquet: not a readable Parquet file"):
+            read(Parquet(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -342,6 +345,9 @@ def test_sources_are_chosen_by_name_and_show_themselves(tmp_path):
     ):
         assert source(src) is src
         assert values.parse(repr(src), Source) == src
+    for name in ("d.json", "d.JSON.gz"):
+        with pytest.raises(ValueError, match=rf"{name}: JSON is not .*Jsonl\('{name}'\).*jq -c"):
+            source(name)
     with pytest.raises(ValueError, match="'paragraph'"):
         Text("a", unit="page")
     with pytest.raises(ValueError, match="start < end"):
@@ -366,6 +372,15 @@ def test_fingerprints_follow_content_and_settings_not_places(tmp_path):
     before = c.fingerprint()
     (tmp_path / "c.txt").write_text("other text")
     assert c.fingerprint() != before
+
+
+@pytest.mark.parametrize("n_files", [1, MANY_FILES + 1])
+def test_what_documents_come_from_is_named_by_its_whole_path(tmp_path, monkeypatch, n_files):
+    for i in range(n_files):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    monkeypatch.chdir(tmp_path)
+    (made,) = Text("*.txt").artifacts()
+    assert made.path == str(tmp_path if n_files > 1 else tmp_path / "0.txt")
 
 
 def test_groups_read_the_same_documents_in_the_same_order(tmp_path):

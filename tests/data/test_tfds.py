@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 import sys
+import warnings
 
 import pytest
 
@@ -66,9 +67,20 @@ def test_long_documents_keep_their_parts(tmp_path):
 
 def test_preparing_again_keeps_what_is_there(root):
     before = folder_of("wiki40b/hi", str(root)).stat().st_mtime_ns
-    assert (
-        prepare_tfds(Documents(("other",)), "wiki40b/hi", root, version="1.3.0") == root / "wiki40b/hi/1.3.0"
-    )
+    same = {"train": Documents(TEXTS), "valid": Documents(TEXTS[:7])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepare_tfds(same, "wiki40b/hi", root, version="1.3.0") == root / "wiki40b/hi/1.3.0"
+    for other, told in (
+        (same | {"valid": Documents(("other",))}, "split 'valid' of other documents; give another version"),
+        (Documents(TEXTS), r"splits \['train', 'valid'\]; give another version"),
+    ):
+        with pytest.raises(ValueError, match=rf"wiki40b/hi/1.3.0 was made before, with {told}"):
+            prepare_tfds(other, "wiki40b/hi", root, version="1.3.0")
+    with pytest.warns(
+        UserWarning, match="taken as it is: whether split 'train' has these documents is not known"
+    ):
+        prepare_tfds(same | {"train": iter(())}, "wiki40b/hi", root, version="1.3.0")
     assert folder_of("wiki40b/hi", str(root)).stat().st_mtime_ns == before
 
 

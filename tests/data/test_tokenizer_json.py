@@ -135,6 +135,14 @@ def test_a_foreign_file_neither_cuts_nor_pads(tmp_path):
     assert Tokenizer.load(path).encode("a a a a") == [0, 0, 0, 0]
 
 
+def test_a_foreign_file_leaves_nothing_to_chance(tmp_path):
+    model = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.5)
+    tokenizer = Tokenizer.load(foreign(model, tmp_path))
+    assert tokenizer.encode("ab" * 50) == [2] * 50
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").encode("ab" * 50) == [2] * 50
+
+
 def test_a_foreign_unigram_spells_special_tokens_as_text(tmp_path):
     """Such models keep special tokens among the pieces, with the best score: the library alone gives id 1."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((char, -3.0) for char in "<>/sa")]

@@ -244,6 +244,7 @@ def test_full_sorts(k, most):
         ({"min_p": 2.0}, "min_p=2.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"max_tokens": -5}, "max_tokens=-5"),
+        ({"max_tokens": 3_000_000_000}, "max_tokens=3000000000; use 0 to .*int32"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),
         ({"stop": ("a", "")}, "empty string"),

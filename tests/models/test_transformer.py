@@ -298,8 +298,17 @@ def test_errors_name_the_setting():
         llama(15, 1, 2, vocab_size=4)
     with pytest.raises(ValueError, match="remat='half'"):
         dataclasses.replace(LLAMA, remat="half")
-    with pytest.raises(ValueError, match="n_layers=0"):
-        dataclasses.replace(LLAMA, n_layers=0)
+    for name, wrong in {
+        "d_model": (0,),
+        "n_layers": (0,),
+        "vocab_size": (0,),
+        "unroll": (0, -1),
+        "logit_softcap": (0.0, -1.0, math.inf, math.nan),
+        "init_std": (-0.02, math.inf, math.nan),
+    }.items():
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"TransformerConfig: {name}={value} is not in "):
+                dataclasses.replace(LLAMA, **{name: value})
     with pytest.raises(ValueError, match="no preset 'gpt5'"):
         preset("gpt5")
     model, params = make(dataclasses.replace(LLAMA, position=Learned(8)))

@@ -4,6 +4,7 @@ Their formulas are tested in tests/models, against a float64 forward pass of the
 """
 
 import dataclasses
+from math import inf, nan
 
 import flax.linen as nn
 import jax
@@ -195,6 +196,17 @@ def test_module_names_make_the_documented_paths():
         (lambda: NormConfig("batch"), "kind='batch'"),
         (lambda: NormConfig("rms", bias=True), "RMSNorm has no shift"),
         (lambda: MlpConfig("tanh"), "activation='tanh'; use gelu"),
+        *(
+            (lambda kind=kind, name=name, x=x: kind(**{name: x}), f"{kind.__name__}: {name}={x} is not in ")
+            for kind, name, wrong in (
+                (AttentionConfig, "head_dim", (0, -8)),
+                (AttentionConfig, "softcap", (0.0, -1.0, inf, nan)),
+                (AttentionConfig, "scale", (0.0, -1.0, inf, nan)),
+                (MlpConfig, "d_ff", (0, -8)),
+                (NormConfig, "eps", (-1e-6, inf, nan)),
+            )
+            for x in wrong
+        ),
         (lambda: BlockConfig(placement="both"), "placement='both'"),
         (lambda: BlockConfig(dropout=1.0), r"dropout=1.0 must lie in \[0, 1\)"),
     ],

@@ -194,6 +194,13 @@ def test_rope_gradient_turns_back():
     np.testing.assert_allclose(scheme.rotate(dx, where), g, atol=32 * EPS32)
 
 
+@pytest.mark.parametrize("kind", [RoPE, Sinusoidal])
+@pytest.mark.parametrize("theta", [0.0, -1e4, math.inf, math.nan])
+def test_theta_is_positive_and_finite(kind, theta):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: theta={theta} is not in \(0, inf\)"):
+        kind(theta=theta)
+
+
 def test_rope_checks_its_share():
     for fraction in (0.0, 1.5):
         with pytest.raises(ValueError, match="outside"):

@@ -1,10 +1,25 @@
+from math import inf, nan
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lmx import values
-from lmx.optim import Adafactor, AdamW, Constant, Lion, Muon, Sgd, Update, clip_by_norm
+from lmx.optim import (
+    WSD,
+    Adafactor,
+    AdamW,
+    Constant,
+    Cosine,
+    Linear,
+    Lion,
+    Muon,
+    Sgd,
+    Update,
+    clip_by_norm,
+    ema,
+)
 from lmx.weights import Weight
 from lmx.weights.base import leaf
 
@@ -154,12 +169,37 @@ def test_a_decay_pattern_that_fits_nothing_lists_what_is_near():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AdamW(lr=-1.0), "lr=-1.0 is negative"),
-        (lambda: AdamW(weight_decay=-0.1), "weight_decay=-0.1 is negative"),
-        (lambda: AdamW(clip=0.0), "clip=0.0 is not positive"),
-        (lambda: AdamW(ema=1.0).build(1, params()), r"ema=1.0 is not in \[0, 1\)"),
+        (lambda: AdamW(lr=-1.0), r"AdamW: lr=-1.0 is not in \[0, inf\)"),
+        (lambda: AdamW(clip=0.0), r"AdamW: clip=0.0 is not in \(0, inf\) or None"),
+        (lambda: ema(1.0), r"ema=1.0 is not in \[0, 1\)"),
     ],
 )
 def test_settings_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+OUTSIDE = {
+    Sgd: {
+        "lr": (-1.0, inf),
+        "weight_decay": (-0.1, inf),
+        "clip": (0.0, inf),
+        "ema": (1.0,),
+        "momentum": (1.0,),
+    },
+    AdamW: {"b1": (-0.1, 1.0), "b2": (1.0,), "eps": (-1e-8, inf)},
+    Lion: {"b1": (1.0,), "b2": (0.0, 1.0)},
+    Muon: {"momentum": (-0.1, 1.0), "ns_steps": (0,)},
+    Adafactor: {"b2_power": (-0.8, inf), "max_rms": (0.0,), "min_scale": (-1e-3, inf)},
+    Linear: {"end": (-0.1, 1.1)},
+    Cosine: {"end": (-0.1, 1.1)},
+    WSD: {"end": (-0.1, 1.1)},
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE, ids=lambda kind: kind.__name__)
+def test_numbers_outside_their_range_are_refused(kind):
+    for name, wrong in OUTSIDE[kind].items():
+        for value in (*wrong, nan):
+            with pytest.raises(ValueError, match=f"{kind.__name__}: {name}={value} is not in "):
+                kind(**{name: value})
