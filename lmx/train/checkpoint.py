@@ -39,7 +39,8 @@ class _Quiet(logging.Filter):
     """Orbax logs one failed write many times, with stack traces; it is reported here, once."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
+        where = record.getMessage() if record.name == "asyncio" else record.pathname
+        return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in where)
 
 
 _quiet = _Quiet()
@@ -80,7 +81,8 @@ class Checkpoints:
         self._saving, self._error = None, None
         self._start, self._own = -1, set()
         _check_writable(self.folder)
-        logging.getLogger("absl").addFilter(_quiet)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_quiet)
         if jax.process_index() == 0:
             for left in self.folder.glob("*.partial"):
                 shutil.rmtree(left, ignore_errors=True)
