@@ -163,10 +163,10 @@ def test_a_file_without_tensors_or_with_a_scalar(tmp_path):
     assert gguf.read(path) == gguf.Gguf("llama", {"general.architecture": "llama"}, {})
     path.write_bytes(made.file(infos=[made.info(dims=())], data=np.float32(3).tobytes()))
     assert gguf.read(path).tensors["w"].read() == 3.0 and gguf.read(path).tensors["w"].shape == ()
-    alignment = made.key("general.alignment", U32, (64).to_bytes(4, "little"))
-    infos = [made.info("a", (1,)), made.info("b", (1,), offset=64)]
-    path.write_bytes(made.file([alignment], infos, np.arange(17, dtype="<f4").tobytes(), alignment=64))
-    assert gguf.read(path).tensors["b"].read() == 16.0
+    alignment = made.key("general.alignment", U32, (512).to_bytes(4, "little"))
+    infos = [made.info("a", (1,)), made.info("b", (1,), offset=512)]
+    path.write_bytes(made.file([alignment], infos, np.arange(129, dtype="<f4").tobytes(), alignment=512))
+    assert gguf.read(path).tensors["b"].read() == 128.0
 
 
 HUGE = 2**64 - 1
