@@ -79,7 +79,7 @@ class Run:
             d_model=64,
             n_layers=min(self.model.n_layers, 2),
             attention=attention,
-            mlp=replace(self.model.mlp, d_ff=None),
+            mlp=self.model.mlp.tiny(),
             dtype="float32",
             remat="none",
         )

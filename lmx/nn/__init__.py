@@ -4,6 +4,7 @@ from lmx.nn.attention import Attention, AttentionConfig, Context
 from lmx.nn.block import Block, BlockConfig
 from lmx.nn.linear import PRODUCT, Linear, weight
 from lmx.nn.mlp import Mlp, MlpConfig
+from lmx.nn.moe import Moe, MoeConfig
 from lmx.nn.norm import Norm, NormConfig
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Linear",
     "Mlp",
     "MlpConfig",
+    "Moe",
+    "MoeConfig",
     "Norm",
     "NormConfig",
     "weight",

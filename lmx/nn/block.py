@@ -9,8 +9,9 @@ import flax.linen as nn
 from jaxtyping import Array, Int
 
 from lmx.nn.attention import Attention, AttentionConfig, Context
-from lmx.nn.mlp import Mlp, MlpConfig
+from lmx.nn.mlp import MlpConfig
 from lmx.nn.norm import Norm, NormConfig
+from lmx.ops.experts import mix
 from lmx.ops.position import Position
 
 
@@ -45,12 +46,18 @@ class Block(nn.Module):
     std: float
     out_std: float
     deterministic: bool = True
+    mix: Callable = mix
 
     @nn.compact
     def __call__(self, carry, layer: Int[Array, ""], context: Context):
-        """carry: (x [B, T, D], cache or None), as `nn.scan` over layers wants it."""
+        """carry: (x [B, T, D], cache or None), as `nn.scan` over layers wants it.
+
+        Returns (carry, router logits [B, T, E] or None without experts).
+        """
         c = self.config
         x, cache = carry
+        routing = None
+        mlp = c.mlp.module(self.std, self.out_std, self.mix)
         attention = Attention(
             c.attention, self.position, c.norm, self.attend, self.std, self.out_std, name="attn"
         )
@@ -60,9 +67,14 @@ class Block(nn.Module):
             y, cache = attention(y, context, cache, layer)
             return y
 
+        def feed(y):
+            nonlocal routing
+            y, routing = mlp(y)
+            return y
+
         x = self._residual("attn_norm", x, attend)
-        x = self._residual("mlp_norm", x, Mlp(c.mlp, self.std, self.out_std, name="mlp"))
-        return (x, cache), None
+        x = self._residual("mlp_norm", x, feed)
+        return (x, cache), routing
 
     def _residual(self, name: str, x, sublayer):
         c = self.config
