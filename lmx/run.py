@@ -17,7 +17,7 @@ from lmx.data import Data
 from lmx.data.tokenizer import Tokenizer
 from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
-from lmx.models import Model, TransformerConfig, build
+from lmx.models import Model, TransformerConfig, build, pretrained
 from lmx.optim import AdamW, Schedule, Update
 from lmx.train.checkpoint import load_params
 from lmx.train.metrics import NAMES
@@ -88,7 +88,7 @@ class Run:
             d_model=64,
             n_layers=min(self.model.n_layers, 2),
             attention=attention,
-            mlp=replace(self.model.mlp, d_ff=None),
+            mlp=self.model.mlp.tiny(),
             dtype="float32",
             remat="none",
         )
@@ -155,10 +155,16 @@ class Trained(NamedTuple):
 def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -> Trained:
     """The model of a run's folder, at a step, "latest" or "best"; `ema` takes the averaged parameters.
 
+    A released model serves too: a Hugging Face folder or a GGUF file, which has no steps.
+
     Raises: FileNotFoundError if the folder holds no run or no checkpoint; ValueError if what it holds is damaged,
     or if averaged parameters are asked for and the run kept none.
     """
     folder = Path(folder)
+    if pretrained.is_released(folder):
+        found = pretrained.find(folder)
+        run = Run(model=found.config, data=Data(seq_len=min(found.context or 1024, 1024), clean=False))
+        return Trained(run, build(found.config), pretrained.load(found), found.tokenizer())
     run = load(folder / "run.txt")
     model = build(run.model)
     shapes = jax.eval_shape(lambda key: chain(*run.start)(model.init(key), key), jax.random.key(0))

@@ -27,12 +27,14 @@ hypothesis.settings.load_profile("lmx")
 
 LEFT_OUT = {
     "slow": "takes more than about 30 seconds, and has a fast sibling",
+    "real": "fetches a released model of 100 MB",
     "peers": "compares with torch and transformers, which are large to install",
 }
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption("--real", action="store_true", help="also run tests that fetch a released model")
     parser.addoption("--peers", action="store_true", help="also run tests that need torch and transformers")
 
 

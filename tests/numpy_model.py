@@ -48,7 +48,8 @@ def _row(p, c, tokens, positions, segments):
     for layer in range(c.n_layers):
         block = _layer(p["blocks"], layer)
         x = _residual(c, block, "attn_norm", x, partial(_attention, c, p, block["attn"], positions, segments))
-        x = _residual(c, block, "mlp_norm", x, partial(_mlp, c.mlp, block["mlp"]))
+        feed = _moe if hasattr(c.mlp, "n_experts") else _mlp
+        x = _residual(c, block, "mlp_norm", x, partial(feed, c.mlp, block["mlp"]))
     x = _norm(c.norm, p["norm"], x)
     out = x @ (p["embed"].T if c.tie_head else p["head"])
     return out if c.logit_softcap is None else c.logit_softcap * np.tanh(out / c.logit_softcap)
@@ -148,6 +149,18 @@ def _mlp(m, w, x):
         "relu_squared": lambda u: np.maximum(u, 0) ** 2,
     }
     return _linear(w["down"], act[m.activation](up))
+
+
+def _moe(m, w, x):
+    """Each token alone: softmax over all experts, the most probable of them, and their weighted sum."""
+    y = np.zeros_like(x)
+    for t, row in enumerate(x):
+        p = np.exp(log_softmax(row @ w["router"]["w"]))
+        chosen = np.argsort(-p)[: m.top_k]
+        share = p[chosen] / p[chosen].sum() if m.renormalise else p[chosen]
+        for weight, e in zip(share, chosen):
+            y[t] += weight * _mlp(m, _layer(w["experts"], e), row)
+    return y
 
 
 def _silu(x):

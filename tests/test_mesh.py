@@ -2,14 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmx import models, optim, tree
-from lmx.mesh import MeshConfig, check_batch, fit, follow, shardings
+from lmx.losses import LoadBalance, NextToken, Term, counts, total
+from lmx.mesh import BATCH, MeshConfig, check_batch, fit, follow, shardings
 from lmx.models import TransformerConfig, build
-from lmx.nn import AttentionConfig, MlpConfig, NormConfig
+from lmx.nn import AttentionConfig, MlpConfig, MoeConfig, NormConfig
 from lmx.ops.position import T5, Learned
 
 RULES = (
@@ -94,6 +96,52 @@ def test_the_model_has_a_rule_for_every_parameter_and_splits_every_matrix(config
             assert spec[-1] == "tensor", path
         else:
             assert set(spec) <= {None}, path
+
+
+MOE = TransformerConfig(
+    vocab_size=16,
+    d_model=16,
+    n_layers=2,
+    unroll=1,
+    init_std=0.3,
+    attention=AttentionConfig(n_heads=8),
+    mlp=MoeConfig(d_ff=8, n_experts=8),
+)
+
+
+def test_experts_are_divided_over_fsdp_and_their_width_over_tensor():
+    params = jax.eval_shape(build(MOE).init, jax.random.key(0))
+    placed = specs(shardings(params, models.RULES, MeshConfig(2, 2, 2).build()))
+    assert {path.removeprefix("blocks/mlp/"): s for path, s in placed.items() if "/mlp/" in path} == {
+        "experts/up/w": P(None, "fsdp", None, "tensor"),
+        "experts/gate/w": P(None, "fsdp", None, "tensor"),
+        "experts/down/w": P(None, "fsdp", "tensor", None),
+        "router/w": P(None, "fsdp", None),
+    }
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+def test_experts_on_eight_devices_equal_one(sizes):
+    """Loss and gradients; each token stays with its device, so only weights and gradients travel."""
+    objective = {"ce": Term(NextToken()), "balance": Term(LoadBalance(), 0.1)}
+    tokens = np.random.default_rng(0).integers(0, 16, (8, 9)).astype(np.int32)
+    mask = np.ones((8, 8), np.float32)
+    mask[3:, 5:] = 0
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
+
+    def loss_and_grads(model):
+        def loss(params, batch):
+            return total(objective, model.apply(params, batch), batch, counts(objective, batch))
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    params = jax.jit(build(MOE).init)(jax.random.key(0))
+    want = loss_and_grads(build(MOE))(params, batch)
+    mesh = MeshConfig(*sizes).build()
+    spread = jax.device_put(params, shardings(params, models.RULES, mesh))
+    rows = jax.device_put(batch, NamedSharding(mesh, BATCH))
+    got = loss_and_grads(build(MOE, mesh=mesh))(spread, rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want)
 
 
 UPDATES = [optim.AdamW(), optim.Lion(), optim.Muon(), optim.Adafactor(), optim.AdamW(ema=0.9), optim.Sgd()]

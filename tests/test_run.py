@@ -10,10 +10,10 @@ import pytest
 
 from lmx import artifact, optim, train, tree, values
 from lmx.data import Bpe, Data, Documents, Jsonl, Text
-from lmx.losses import Chunked, NextToken, Term, ZLoss
+from lmx.losses import Chunked, LoadBalance, NextToken, Term, ZLoss
 from lmx.mesh import MeshConfig
 from lmx.models import PRESETS, TransformerConfig, preset
-from lmx.nn import AttentionConfig, MlpConfig
+from lmx.nn import AttentionConfig, MlpConfig, MoeConfig
 from lmx.ops.mask import Causal, PrefixLM, SlidingWindow
 from lmx.ops.position import ALiBi, Learned, RoPE
 from lmx.run import Run, experiment, load, trained
@@ -43,6 +43,10 @@ RUNS = {
         start=(Surgery(),),
         trainable="blocks/*|embed",
         mesh=MeshConfig(2, -1, 2),
+    ),
+    "experts": Run(
+        model=TransformerConfig(mlp=MoeConfig("geglu", 700, n_experts=64, top_k=6, renormalise=False)),
+        objective={"ce": Term(Chunked(NextToken())), "balance": Term(LoadBalance(), 0.01)},
     ),
     "हिन्दी": Run(data=Data((Documents(("नमस्ते 'दुनिया'", 'एक "दो"\n')),))),
     **{name: Run(model=preset(name)) for name in PRESETS},

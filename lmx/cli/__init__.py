@@ -9,7 +9,8 @@
   lmx tokenizer compare TEXT                         which tokenizer, which vocabulary size
   lmx plan FILE --topology v5e:4x4                   memory and FLOPs on a TPU that is not here
   lmx report RUN                                     one HTML page about a run or a sweep
-  lmx info RUN                                       what a model or this machine is
+  lmx convert MODEL OUT                              a released model into a run, or a run into a released model
+  lmx info MODEL                                     what a model or this machine is
   lmx explain ARTIFACT                               ancestry, from raw text to model
 
 `lmx VERB --help` teaches each by example. LMX_CACHE is the folder of prepared data and compiled programs;
@@ -32,7 +33,19 @@ from typing import NoReturn
 
 from lmx.cli.heap import keep_heap
 
-VERBS = ("quickstart", "train", "sweep", "eval", "generate", "tokenizer", "plan", "report", "info", "explain")
+VERBS = (
+    "quickstart",
+    "train",
+    "sweep",
+    "eval",
+    "generate",
+    "tokenizer",
+    "plan",
+    "report",
+    "convert",
+    "info",
+    "explain",
+)
 RESUMABLE = ("quickstart", "train", "sweep")
 MOST = 1200
 
@@ -104,8 +117,11 @@ def step_of(run: Path, asked: str) -> int:
 
     Raises: FileNotFoundError if there is no such checkpoint; ValueError for another word.
     """
+    from lmx.models import pretrained
     from lmx.train import checkpoint
 
+    if pretrained.is_released(run) and asked == "latest":
+        return 0
     folder = run / checkpoint.FOLDER
     found = {
         "latest": lambda: max(checkpoint.steps(folder), default=None),

@@ -67,13 +67,15 @@ def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "eval")
     folders = [path for path in asked.paths if (Path(path) / "run.txt").exists()]
     names = [path for path in asked.paths if path not in folders]
+    for name in names:
+        if Path(name).suffix == ".gguf" or (Path(name) / "config.json").exists():
+            raise ValueError(f"{name}: a released model; convert it first: lmx convert {name} runs/NAME")
+        if Path(name).is_dir():
+            raise ValueError(f"{name}: a folder without run.txt; for the text in it write '{name}/*.txt'")
     if not folders:
         raise ValueError(
             f"{', '.join(asked.paths) or 'nothing given'}: not a run's folder, which has run.txt"
         )
-    for name in names:
-        if Path(name).is_dir():
-            raise ValueError(f"{name}: a folder without run.txt; for the text in it write '{name}/*.txt'")
     from lmx import evals
     from lmx import run as runs
     from lmx.cli.progress import Progress
@@ -106,6 +108,7 @@ def main(argv: list[str]) -> None:
                     batch_size=asked.batch_size,
                     bootstrap=asked.bootstrap,
                     seed=asked.seed,
+                    bos=_first(model.tokenizer),
                 )
             how = f"step {step}{', averaged' * asked.ema}, {seq_len} tokens"
             how += f", stride {asked.stride}" if asked.stride else ""
@@ -146,6 +149,11 @@ class _Text(NamedTuple):
 
         specs = self.data.valid if self.part == "valid" and self.data.valid else self.data.train
         return [made for spec in specs for made in source(spec).artifacts()]
+
+
+def _first(tokenizer) -> int | None:
+    """What stands before a document: the token that ends documents, where a model's texts begin with none."""
+    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def _clean(folders: list[str]) -> bool:

@@ -32,10 +32,7 @@ def main(argv: list[str]) -> None:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if (path / "run.txt").exists():
-        newest = max(filter(_step, (path / "checkpoints").glob("*")), key=_step, default=None)
+        saved = [folder for folder in (path / "checkpoints").glob("*") if folder.name.isdecimal()]
+        newest = max(saved, key=lambda folder: int(folder.name), default=None)
         path = path / "run.txt" if newest is None else newest
     print(artifact.explain(path, check_parents=True))
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name) if folder.name.isdecimal() else 0

@@ -3,6 +3,7 @@
 lmx generate runs/shakespeare_char/base "KING."
 lmx generate RUN "भारत के " --temperature 0.7 --top-p 0.95 --max-tokens 200
 lmx generate RUN "To be" --samples 4 --seed 1 --stop "." --step best
+lmx generate SmolLM2-135M-Instruct.gguf "The capital of India is"       a released model, GGUF or Hugging Face folder
 lmx generate RUN --file prompts.txt --save            a prompt a line, as a batch; kept in RUN/samples.jsonl
 echo "Once upon" | lmx generate RUN - --json          the prompt from standard input; a JSON object a line
 """
@@ -25,7 +26,7 @@ from lmx.generate import Completion, Sampling
 @dataclass(frozen=True)
 class Options:
     run: tyro.conf.Positional[Path]
-    """A run's folder."""
+    """A run's folder, a Hugging Face folder or a .gguf file."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts to go on from, - for standard input; without any, the model begins by itself."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(temperature=0.8)

@@ -200,6 +200,16 @@ class Tokenizer:
         return [(i, at[start], at[end]) for i, (start, end) in zip(encoding.ids, encoding.offsets)]
 
     @property
+    def begins(self) -> bool:
+        """Whether the file says that a text begins with the bos token."""
+        first = self._rust.encode("", add_special_tokens=True).ids[:1]
+        return self.bos_id is not None and first == [self.bos_id]
+
+    def without(self, role: str) -> Tokenizer:
+        """The same tokenizer with no token in a role, such as "bos_token" for models that begin without one."""
+        return Tokenizer(self._rust, self.roles | {role: None}, self._name)
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a report says about it."""
         return {

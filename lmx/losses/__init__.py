@@ -4,5 +4,16 @@ from lmx.losses.base import Loss
 from lmx.losses.chunked import Chunked
 from lmx.losses.next_token import NextToken, ZLoss
 from lmx.losses.objective import Term, counts, total
+from lmx.losses.routers import LoadBalance, RouterZLoss
 
-__all__ = ["Chunked", "Loss", "NextToken", "Term", "ZLoss", "counts", "total"]
+__all__ = [
+    "Chunked",
+    "LoadBalance",
+    "Loss",
+    "NextToken",
+    "RouterZLoss",
+    "Term",
+    "ZLoss",
+    "counts",
+    "total",
+]

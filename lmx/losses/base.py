@@ -5,21 +5,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
 
 @dataclass(frozen=True)
 class Loss(ABC):
-    """A per-token loss and its settings. Its value at t depends on hidden states and batch entries at t
-    alone, so that it may be cut along T (see `Chunked`); masks and divisions belong to `total`."""
+    """A per-token loss and its settings; masks and divisions belong to `total`.
+
+    local: its value at t depends on hidden states and batch entries at t alone, so that it may be cut along T
+      (see `Chunked`).
+    """
+
+    local: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
         """The loss of every token, float32, in nats.
 
         Args:
-          out: what the model answers: `hidden` [B, T, D] and `logits` [B, T, V] float32, computed when read.
+          out: what the model answers: `hidden` [B, T, D] and `logits` [B, T, V] float32, computed when read;
+            `routing` of a model with experts: router `logits` [L, B, T, E] float32 and `top_k`.
           batch: arrays [B, T, ...]: `tokens`, `labels`, `loss_mask`, `positions`, `segment_ids`, ...
         """

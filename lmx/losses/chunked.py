@@ -26,7 +26,7 @@ class Chunked(Loss):
     entry that is itself a model's answer (a teacher's); everything else is passed whole.
     Args:
       size: positions in a slice; memory is B * size * V * 4 bytes, a few times over.
-    Raises: ValueError for a size below 1.
+    Raises: ValueError for a size below 1, or a loss that is not local.
     Source: for the problem, Wijmans et al. 2024 (Cut Your Losses), arXiv:2411.09009, whose kernel cuts V
       too; here T is cut, with rematerialisation (Chen et al. 2016, arXiv:1604.06174).
     """
@@ -37,6 +37,10 @@ class Chunked(Loss):
     def __post_init__(self):
         if self.size < 1:
             raise ValueError(f"Chunked: size={self.size} positions; use 1 or more, such as 256")
+        if not self.loss.local:
+            raise ValueError(
+                f"Chunked: {self.loss} reads more than its own positions, and no logits [B, T, V]; use it bare"
+            )
 
     @classmethod
     def fitting(cls, loss: Loss, n_rows: int, vocab_size: int) -> Chunked:

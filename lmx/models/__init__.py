@@ -1,7 +1,17 @@
 """Whole models as tuples of pure functions."""
 
 from lmx.models.presets import PRESETS, preset
-from lmx.models.transformer import RULES, Cache, Model, Out, TransformerConfig, build, flops_per_token
+from lmx.models.transformer import (
+    RULES,
+    Cache,
+    Model,
+    Out,
+    Routing,
+    TransformerConfig,
+    build,
+    flops_per_token,
+    n_params,
+)
 
 __all__ = [
     "PRESETS",
@@ -9,8 +19,10 @@ __all__ = [
     "Cache",
     "Model",
     "Out",
+    "Routing",
     "TransformerConfig",
     "build",
     "flops_per_token",
+    "n_params",
     "preset",
 ]

@@ -16,16 +16,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from lmx import values
+from lmx import tree, values
 from lmx.mesh import ROWS, Rules, fit
 from lmx.nn import PRODUCT, Block, BlockConfig, Context, Norm, weight
-from lmx.ops import flash
+from lmx.ops import experts, flash
 from lmx.ops.attention import attention
 from lmx.ops.mask import Where
 from lmx.ops.position import Position, RoPE
 from lmx.weights import Transposed, Weight, leaf, linear, lookup, static
 
 RULES: Rules = (
+    ("*/experts/up/w*|*/experts/gate/w*", ("fsdp", None, "tensor")),
+    ("*/experts/down/w*", ("fsdp", "tensor", None)),
+    ("*/router/w*", ("fsdp", None)),
     ("*/q/w*|*/k/w*|*/v/w*|*/up/w*|*/gate/w*|head*", ("fsdp", "tensor")),
     ("*/o/w*|*/down/w*", ("tensor", "fsdp")),
     ("embed*", ("tensor", "fsdp")),
@@ -75,12 +78,24 @@ class TransformerConfig(BlockConfig):
 
 
 @leaf
+class Routing:
+    """What the routers of a model with experts answer: logits float32; each token goes to its top_k experts."""
+
+    logits: Float[Array, "L B T E"]
+    top_k: int = static()
+
+
+@leaf
 class Out:
-    """What a forward pass returns: hidden [B, T, D] after the last norm, and the head that makes logits of it."""
+    """What a forward pass returns: hidden [B, T, D] after the last norm, and the head that makes logits of it.
+
+    routing: for losses on the routers; None without experts.
+    """
 
     hidden: Float[Array, "B T D"]
     head: Array | Weight
     softcap: float | None = static(default=None)
+    routing: Routing | None = None
 
     @cached_property
     def logits(self) -> Float[Array, "B T V"]:
@@ -124,6 +139,7 @@ class Transformer(nn.Module):
     constrain: Callable
     unroll: int
     deterministic: bool = True
+    mix: Callable = experts.mix
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B T"], where: Where, cache=None, slots=None, kv_where=None):
@@ -158,16 +174,19 @@ class Transformer(nn.Module):
             c.init_std,
             c.init_std / (2 * c.n_layers) ** 0.5,
             self.deterministic,
+            self.mix,
             name="blocks",
         )
         context = Context(where, position_weights, slots, kv_where)
-        (x, cache), _ = layers((x, cache), jnp.arange(c.n_layers), context)
+        (x, cache), routing = layers((x, cache), jnp.arange(c.n_layers), context)
         x = self.constrain(Norm(c.norm, name="norm")(x), ROWS, None, None)
         if c.tie_head:
             head = Transposed(embed)
         else:
             head = weight(self, "head", nn.initializers.normal(c.init_std), (c.d_model, c.vocab_size))
-        return Out(x, head, c.logit_softcap), cache
+        if routing is not None:
+            routing = Routing(routing, c.mlp.top_k)
+        return Out(x, head, c.logit_softcap, routing), cache
 
 
 def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str | None = None) -> Model:
@@ -189,7 +208,8 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
     attend = flash.pick(config.attention.impl, platform=platform, mesh=mesh)
     # Over a cache only paths that read the mask: kernels assume that slots are in order.
     over_cache = flash.pick(platform="cpu", mesh=mesh)
-    make = partial(Transformer, config, attend=attend, constrain=constrain, unroll=unroll)
+    mix = experts.pick(mesh)
+    make = partial(Transformer, config, attend=attend, constrain=constrain, unroll=unroll, mix=mix)
 
     def init(key):
         tokens = jnp.zeros((1, 2), jnp.int32)
@@ -242,16 +262,22 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
 def flops_per_token(config: TransformerConfig, seq_len: int) -> float:
     """FLOPs of one training token, forward and backward: 6 per matrix parameter, and 12 L N H T for attention.
 
-    The embedding lookup is free, the head counts; the causal half of attention is not subtracted.
+    The embedding lookup is free, the head counts; the causal half of attention is not subtracted. Of experts
+    those count that a token goes to.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     a, D = config.attention, config.d_model
-    H, d_ff = a.width(D), config.mlp.width(D)
-    gates = 3 if config.mlp.activation in ("swiglu", "geglu") else 2
-    matrices = (
-        config.n_layers * (2 * D * H * (a.n_heads + a.kv_heads) + gates * D * d_ff) + D * config.vocab_size
-    )
+    H = a.width(D)
+    layer = 2 * D * H * (a.n_heads + a.kv_heads) + config.mlp.n_active(D)
+    matrices = config.n_layers * layer + D * config.vocab_size
     return 6.0 * matrices + 12.0 * config.n_layers * a.n_heads * H * seq_len
+
+
+def n_params(config: TransformerConfig) -> tuple[int, int]:
+    """(all, active): parameters of the model, and those that one token meets; they differ by its idle experts."""
+    everything = tree.count(jax.eval_shape(build(config).init, jax.random.key(0)))
+    idle = config.mlp.n_weights(config.d_model) - config.mlp.n_active(config.d_model)
+    return everything, everything - config.n_layers * idle
 
 
 def _places(tokens: Int[Array, "B T"]) -> Where:

@@ -1,9 +1,10 @@
 """Thin linen modules: they name parameters and wire pure functions of `lmx.ops` together."""
 
-from lmx.nn.attention import Attention, AttentionConfig, Context
+from lmx.nn.attention import Attention, AttentionConfig, Context, Local
 from lmx.nn.block import Block, BlockConfig
 from lmx.nn.linear import PRODUCT, Linear, weight
 from lmx.nn.mlp import Mlp, MlpConfig
+from lmx.nn.moe import Moe, MoeConfig
 from lmx.nn.norm import Norm, NormConfig
 
 __all__ = [
@@ -14,8 +15,11 @@ __all__ = [
     "BlockConfig",
     "Context",
     "Linear",
+    "Local",
     "Mlp",
     "MlpConfig",
+    "Moe",
+    "MoeConfig",
     "Norm",
     "NormConfig",
     "weight",

@@ -8,22 +8,48 @@ from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lmx import values
 from lmx.nn.linear import Linear
 from lmx.nn.norm import Norm, NormConfig
-from lmx.ops.mask import Causal, Mask, SameSegment, Where
-from lmx.ops.position import Position
+from lmx.ops.mask import Causal, Mask, SameSegment, SlidingWindow, Where
+from lmx.ops.position import NoPE, Position, RoPE
+
+
+@dataclass(frozen=True)
+class Local:
+    """Layers that see the latest `window` tokens alone, their own included, among others that see all.
+
+    pattern: one letter a layer, L for local and G for global, repeated over the depth: "LG" alternates, "LLLLLG" is
+    Gemma 3's. position: how they turn queries and keys; None means as the others do.
+    Source: Beltagy et al. 2020 (Longformer), arXiv:2004.05150, section 3.1; Gemma 2, arXiv:2408.00118, section 2.
+    """
+
+    window: int
+    pattern: str = "LG"
+    position: RoPE | NoPE | None = None
+
+    def __post_init__(self):
+        if self.window < 1:
+            raise ValueError(f"Local: window={self.window} lets a token see nothing; use 1 or more")
+        if not self.pattern or set(self.pattern) - set("LG"):
+            raise ValueError(f'Local: pattern={self.pattern!r} is not made of L and G; use "LG" or "LLLLLG"')
+
+    def holds(self, layer: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether a layer is local."""
+        return jnp.asarray([letter == "L" for letter in self.pattern])[layer % len(self.pattern)]
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
     """n_kv_heads: None means n_heads (multi-head), 1 is multi-query, between is grouped-query (Ainslie et al. 2023).
 
-    head_dim: None means d_model / n_heads. qk_norm: RMSNorm of each query and key head (Henry et al. 2020).
-    softcap: c tanh(score / c) before the mask (Gemma 2). scale: None means head_dim ** -0.5.
+    head_dim: None means d_model / n_heads. qk_norm: a norm of each query and key head (Henry et al. 2020), or with
+    "joint" of all heads of a token together (OLMo 2). softcap: c tanh(score / c) before the mask (Gemma 2).
+    scale: None means head_dim ** -0.5. local: what some of the layers do otherwise.
     impl: "auto", or a name in `lmx.ops.flash.IMPLEMENTATIONS`.
     """
 
@@ -31,14 +57,17 @@ class AttentionConfig:
     n_kv_heads: int | None = None
     head_dim: int | None = None
     mask: Mask = Causal()
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     softcap: float | None = None
     scale: float | None = None
     bias: bool = False
     out_bias: bool = False
     impl: str = "auto"
+    local: Local | None = None
 
     def __post_init__(self):
+        if self.qk_norm not in (False, True, "joint"):
+            raise ValueError(f'AttentionConfig: qk_norm={self.qk_norm!r}; use False, True or "joint"')
         if self.n_heads < 1:
             raise ValueError(f"AttentionConfig: n_heads={self.n_heads} must be at least 1")
         if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
@@ -91,12 +120,20 @@ class Attention(nn.Module):
         c = self.config
         B, T, D = x.shape
         H, N, K = c.width(D), c.n_heads, c.kv_heads
-        q = Linear(N * H, self.std, c.bias, name="q")(x).reshape(B, T, N, H)
-        k = Linear(K * H, self.std, c.bias, name="k")(x).reshape(B, T, K, H)
-        v = Linear(K * H, self.std, c.bias, name="v")(x).reshape(B, T, K, H)
-        if c.qk_norm:
+        q, k, v = (
+            Linear(n * H, self.std, c.bias, name=name)(x) for name, n in (("q", N), ("k", K), ("v", K))
+        )
+        if c.qk_norm == "joint":
             q, k = Norm(self.norm, name="q_norm")(q), Norm(self.norm, name="k_norm")(k)
-        q, k = (self.position.rotate(heads, context.where.positions) for heads in (q, k))
+        q, k, v = (y.reshape(B, T, -1, H) for y in (q, k, v))
+        if c.qk_norm is True:
+            q, k = Norm(self.norm, name="q_norm")(q), Norm(self.norm, name="k_norm")(k)
+
+        def turn(local, q, k):
+            position = local.position if local and local.position else self.position
+            return tuple(position.rotate(heads, context.where.positions) for heads in (q, k))
+
+        q, k = self._either(layer, turn, q, k)
         kv_where = context.where
         if cache is not None:
             rows = jnp.arange(B)[:, None]
@@ -109,15 +146,27 @@ class Attention(nn.Module):
         bias = None
         if self.position.biased:
             bias = partial(self.position.bias, n_heads=N, w=context.position_weights)
-        y = self.attend(
-            q,
-            k,
-            v,
-            q_where=context.where,
-            k_where=kv_where,
-            mask=c.mask & SameSegment(),
-            bias=bias,
-            scale=c.scale,
-            softcap=c.softcap,
-        )
+
+        def attend(local, q, k, v):
+            mask = c.mask & SlidingWindow(local.window) if local else c.mask
+            return self.attend(
+                q,
+                k,
+                v,
+                q_where=context.where,
+                k_where=kv_where,
+                mask=mask & SameSegment(),
+                bias=bias,
+                scale=c.scale,
+                softcap=c.softcap,
+            )
+
+        y = self._either(layer, attend, q, k, v)
         return Linear(D, self.out_std, c.out_bias, name="o")(y.reshape(B, T, N * H)), cache
+
+    def _either(self, layer, f, *args):
+        """f(local, *args), with the config's Local in local layers and None in the others."""
+        local = self.config.local
+        if local is None:
+            return f(None, *args)
+        return jax.lax.cond(local.holds(layer), partial(f, local), partial(f, None), *args)

@@ -9,8 +9,9 @@ import flax.linen as nn
 from jaxtyping import Array, Int
 
 from lmx.nn.attention import Attention, AttentionConfig, Context
-from lmx.nn.mlp import Mlp, MlpConfig
+from lmx.nn.mlp import MlpConfig
 from lmx.nn.norm import Norm, NormConfig
+from lmx.ops.experts import mix
 from lmx.ops.position import Position
 
 
@@ -21,6 +22,7 @@ class BlockConfig:
     "pre"       x + f(norm(x))            (Xiong et al. 2020)
     "post"      norm(x + f(x))            (Vaswani et al. 2017)
     "sandwich"  x + norm(f(norm(x)))      (Ding et al. 2021; Gemma 2)
+    "inner"     x + norm(f(x))            (Liu et al. 2022, Swin V2; OLMo 2)
     """
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -30,8 +32,10 @@ class BlockConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.placement not in ("pre", "post", "sandwich"):
-            raise ValueError(f'BlockConfig: placement={self.placement!r}; use "pre", "post" or "sandwich"')
+        if self.placement not in ("pre", "post", "sandwich", "inner"):
+            raise ValueError(
+                f'BlockConfig: placement={self.placement!r}; use "pre", "post", "sandwich" or "inner"'
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"BlockConfig: dropout={self.dropout} must lie in [0, 1)")
 
@@ -45,12 +49,18 @@ class Block(nn.Module):
     std: float
     out_std: float
     deterministic: bool = True
+    mix: Callable = mix
 
     @nn.compact
     def __call__(self, carry, layer: Int[Array, ""], context: Context):
-        """carry: (x [B, T, D], cache or None), as `nn.scan` over layers wants it."""
+        """carry: (x [B, T, D], cache or None), as `nn.scan` over layers wants it.
+
+        Returns (carry, router logits [B, T, E] or None without experts).
+        """
         c = self.config
         x, cache = carry
+        routing = None
+        mlp = c.mlp.module(self.std, self.out_std, self.mix)
         attention = Attention(
             c.attention, self.position, c.norm, self.attend, self.std, self.out_std, name="attn"
         )
@@ -60,9 +70,14 @@ class Block(nn.Module):
             y, cache = attention(y, context, cache, layer)
             return y
 
+        def feed(y):
+            nonlocal routing
+            y, routing = mlp(y)
+            return y
+
         x = self._residual("attn_norm", x, attend)
-        x = self._residual("mlp_norm", x, Mlp(c.mlp, self.std, self.out_std, name="mlp"))
-        return (x, cache), None
+        x = self._residual("mlp_norm", x, feed)
+        return (x, cache), routing
 
     def _residual(self, name: str, x, sublayer):
         c = self.config
@@ -70,6 +85,8 @@ class Block(nn.Module):
         drop = nn.Dropout(c.dropout, deterministic=self.deterministic)
         if c.placement == "post":
             return norm(x + drop(sublayer(x)))
+        if c.placement == "inner":
+            return x + drop(norm(sublayer(x)))
         y = sublayer(norm(x))
         if c.placement == "sandwich":
             y = Norm(c.norm, name=f"{name}_out")(y)

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from lmx.ops.matmul import PRODUCT
 from lmx.weights import Weight, linear, shape_of
-
-PRODUCT = "product"
-"""By this name rematerialisation knows the results of matrix products, which have gradients of their own."""
 
 
 def weight(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Array | Weight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -39,6 +39,26 @@ class MlpConfig:
             return self.d_ff
         return -(-8 * d_model // 96) * 32 if self.activation in GATED else 4 * d_model
 
+    def n_weights(self, d_model: int) -> int:
+        """Numbers in the matrices of one layer."""
+        return (3 if self.activation in GATED else 2) * d_model * self.width(d_model)
+
+    def n_active(self, d_model: int) -> int:
+        """Of `n_weights`, those that one token meets."""
+        return self.n_weights(d_model)
+
+    def tiny(self) -> MlpConfig:
+        """The same kind of layer, as narrow as the model."""
+        return replace(self, d_ff=None)
+
+    def module(self, std: float, out_std: float, mix: Callable) -> nn.Module:
+        """The layer named `mlp`: x [B, T, D] -> (y [B, T, D], router logits [B, T, E] or None without experts).
+
+        mix: how tokens meet experts, with the signature of `lmx.ops.experts.mix`.
+        """
+        del mix
+        return Mlp(self, std, out_std, name="mlp")
+
 
 class Mlp(nn.Module):
     config: MlpConfig
@@ -46,7 +66,7 @@ class Mlp(nn.Module):
     out_std: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
         c = self.config
         d_ff = c.width(x.shape[-1])
         up = Linear(d_ff, self.std, c.bias, name="up")(x)
@@ -54,4 +74,4 @@ class Mlp(nn.Module):
             hidden = GATED[c.activation](Linear(d_ff, self.std, c.bias, name="gate")(x), up)
         else:
             hidden = PLAIN[c.activation](up)
-        return Linear(x.shape[-1], self.out_std, c.bias, name="down")(hidden)
+        return Linear(x.shape[-1], self.out_std, c.bias, name="down")(hidden), None

@@ -14,11 +14,15 @@ from lmx.ops.norm import layer_norm, rms_norm
 
 @dataclass(frozen=True)
 class NormConfig:
-    """kind: "rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016); bias: LayerNorm's shift."""
+    """kind: "rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016); bias: LayerNorm's shift.
+
+    offset: what is added to the stored scale before it multiplies; 1 in Gemma, whose scales are learned from 0.
+    """
 
     kind: str = "rms"
     eps: float = 1e-6
     bias: bool = False
+    offset: float = 0.0
 
     def __post_init__(self):
         values.check(self, eps="[0, inf)")
@@ -33,7 +37,8 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        start = nn.initializers.constant(1 - self.config.offset)
+        scale = self.param("scale", start, (x.shape[-1],), jnp.float32) + self.config.offset
         if self.config.kind == "rms":
             return rms_norm(x, scale, self.config.eps)
         bias = None

@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 
 from lmx.ops.dot import dot, gram
 
+PRODUCT = "product"
+"""By this name rematerialisation knows the results of matrix products, which have gradients of their own."""
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: Float[Array, "*b K"], w: Float[Array, "K M"], dtype: str | None = None) -> Float[Array, "*b M"]:

@@ -140,6 +140,20 @@ class Linear(Scaling):
 
 
 @dataclass(frozen=True)
+class Divided(Scaling):
+    """Each pair's frequency divided by a number of its own, as GGUF files store the stretch of Llama 3."""
+
+    by: tuple[float, ...]
+
+    def frequencies(self, theta: float, d: int) -> np.ndarray:
+        if len(self.by) != d // 2 or min(self.by) <= 0:
+            raise ValueError(
+                f"Divided: {len(self.by)} divisors, all to be positive, for {d // 2} feature pairs"
+            )
+        return _frequencies(theta, d) / np.asarray(self.by)
+
+
+@dataclass(frozen=True)
 class NTK(Scaling):
     """A larger base, theta * factor^(d / (d - 2)): slow pairs stretch by `factor`, the fastest stays.
 

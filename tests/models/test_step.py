@@ -9,7 +9,7 @@ import pytest
 
 from lmx.models import build
 from lmx.models.presets import llama
-from lmx.nn import AttentionConfig, MlpConfig
+from lmx.nn import AttentionConfig, MlpConfig, MoeConfig
 from lmx.ops.mask import Causal, Full, PrefixLM, SlidingWindow
 from lmx.ops.position import NTK, T5, ALiBi, Learned, Linear, Llama3, NoPE, RoPE, Sinusoidal, YaRN
 
@@ -49,7 +49,8 @@ def compiled(model):
 @functools.cache
 def make(position=None, mask=None, **more):
     attention = AttentionConfig(n_heads=4, n_kv_heads=2, mask=mask or Causal())
-    config = llama(16, 2, 4, vocab_size=V, init_std=0.3, mlp=MlpConfig(d_ff=24), **{"unroll": 1} | more)
+    more = {"unroll": 1, "mlp": MlpConfig(d_ff=24)} | more
+    config = llama(16, 2, 4, vocab_size=V, init_std=0.3, **more)
     config = dataclasses.replace(config, position=position or RoPE(), attention=attention)
     model = build(config)
     return model, jax.jit(model.init)(jax.random.key(1))
@@ -100,6 +101,7 @@ def test_how_the_tokens_are_cut_changes_nothing(name):
         {"placement": "sandwich", "scale_embed": True, "logit_softcap": 5.0},
         {"unroll": 2, "remat": "full"},
         {"tie_head": False, "dropout": 0.1},
+        {"mlp": MoeConfig(d_ff=24, n_experts=4)},
     ],
     ids=str,
 )

@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmx import tree, values
-from lmx.models import PRESETS, TransformerConfig, build, flops_per_token, preset
+from lmx.models import PRESETS, TransformerConfig, build, flops_per_token, n_params, preset
 from lmx.models.presets import gpt2, llama
-from lmx.nn import AttentionConfig, MlpConfig, NormConfig
+from lmx.nn import AttentionConfig, MlpConfig, MoeConfig, NormConfig
 from lmx.ops.mask import Causal, Full, PrefixLM, SlidingWindow
 from lmx.ops.position import T5, ALiBi, Learned, NoPE, RoPE, Sinusoidal
 
@@ -49,6 +49,10 @@ SMALL = {
     ),
     "window": dataclasses.replace(LLAMA, attention=AttentionConfig(n_heads=4, mask=SlidingWindow(3))),
     "full": dataclasses.replace(LLAMA, attention=AttentionConfig(n_heads=2, mask=Full())),
+    "moe": dataclasses.replace(LLAMA, mlp=MoeConfig(d_ff=12, n_experts=4, top_k=2)),
+    "moe, plain": dataclasses.replace(
+        LLAMA, mlp=MoeConfig("gelu", d_ff=12, n_experts=3, top_k=1, renormalise=False), placement="sandwich"
+    ),
     "prefix": dataclasses.replace(LLAMA, attention=AttentionConfig(n_heads=2, mask=PrefixLM(4), bias=True)),
 }
 CAUSAL = [name for name in SMALL if name not in ("full", "prefix")]
@@ -147,11 +151,13 @@ def value_and_grad(config):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.parametrize("name", ["llama", "moe"])
 @pytest.mark.parametrize(
     "change", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 1}, {"unroll": 2}], ids=str
 )
-def test_remat_and_unroll_change_neither_values_nor_gradients(change):
-    (a, grads_a), (b, grads_b) = value_and_grad(LLAMA), value_and_grad(dataclasses.replace(LLAMA, **change))
+def test_remat_and_unroll_change_neither_values_nor_gradients(change, name):
+    config = SMALL[name]
+    (a, grads_a), (b, grads_b) = value_and_grad(config), value_and_grad(dataclasses.replace(config, **change))
     np.testing.assert_allclose(a, b, rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), grads_a, grads_b)
 
@@ -170,7 +176,7 @@ def test_remat_holds_less_of_a_deep_model():
     assert full < dots < none and full < none / 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "gemma", "post"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "gemma", "post", "moe"])
 def test_gradients_equal_differences(name):
     """d loss / d step along the gradient itself, by central differences."""
     model, params = make(SMALL[name])
@@ -247,6 +253,39 @@ def test_published_parameter_counts():
     assert count(dataclasses.replace(preset("7b"), mlp=MlpConfig(d_ff=11008))) == 6_738_415_616
 
 
+def test_published_counts_of_mixtures_of_experts():
+    """Mixtral 8x7B has 46,702,792,704 parameters, 12.9B active; Qwen3-30B-A3B 30,532,122,624, 3.3B active."""
+    mixtral = llama(
+        4096, 32, 32, n_kv_heads=8, vocab_size=32000, tie_head=False, mlp=MoeConfig(d_ff=14336, n_experts=8)
+    )
+    qwen = dataclasses.replace(
+        llama(2048, 48, 32, vocab_size=151936, tie_head=False),
+        attention=AttentionConfig(32, 4, head_dim=128, qk_norm=True),
+        mlp=MoeConfig(d_ff=768, n_experts=128, top_k=8),
+    )
+    (everything, active), (everything_too, active_too) = n_params(mixtral), n_params(qwen)
+    assert everything == 46_702_792_704 and active == pytest.approx(12.9e9, rel=0.02)
+    assert everything_too == 30_532_122_624 and active_too == pytest.approx(3.3e9, rel=0.02)
+    assert n_params(LLAMA)[0] == n_params(LLAMA)[1]
+
+
+def test_routing_leaves_the_scan_by_layer_and_is_none_without_experts():
+    """The first layer's logits are those of its input; every layer has its own."""
+    _, params = make(SMALL["moe"])
+    params["blocks"]["attn"]["o"]["w"] *= 0
+    x, block = params["embed"][draw((2, 8))], jax.tree.map(lambda p: p[0], params["blocks"])
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * block["mlp_norm"]["scale"][None, None]
+    want = x @ block["mlp"]["router"]["w"]
+    for unroll in (1, 2):
+        model = build(dataclasses.replace(SMALL["moe"], unroll=unroll))
+        routing = jax.jit(model.apply)(params, some((2, 8))).routing
+        assert routing.logits.shape == (2, 2, 8, 4) and routing.top_k == 2
+        np.testing.assert_allclose(routing.logits[0], want, rtol=1e-4, atol=1e-5)
+        assert np.abs(routing.logits[1] - want).max() > 0.1
+    model, params = make(LLAMA)
+    assert model.apply(params, some((1, 2))).routing is None
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_values(name):
     config = preset(name)
@@ -263,6 +302,12 @@ def test_flops_are_six_per_matrix_weight_and_token():
     )
     attention = 12 * config.n_layers * 32 * 100  # n_heads * head_dim = 32
     assert flops_per_token(config, 100) == 6 * matrices + attention
+
+
+def test_flops_count_the_experts_that_a_token_goes_to():
+    experts = llama(32, 3, 4, vocab_size=64, mlp=MoeConfig(d_ff=24, n_experts=16, top_k=2))
+    wide = dataclasses.replace(experts, mlp=MlpConfig(d_ff=48))
+    assert flops_per_token(experts, 100) == flops_per_token(wide, 100) + 6 * 3 * 32 * 16
 
 
 def test_activations_have_the_dtype_asked_for_and_logits_are_float32():

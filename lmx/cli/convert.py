@@ -1,0 +1,95 @@
+"""Reads a released model into a run's folder, or writes a run as a folder that transformers reads.
+
+  lmx convert SmolLM2-135M-Instruct.gguf runs/smollm2       a GGUF file, to evaluate, generate from and fine-tune
+  lmx convert ~/models/Qwen3-0.6B runs/qwen3                a Hugging Face folder: config.json, safetensors, tokenizer
+  lmx convert runs/qwen3 exported --dtype bfloat16          back again: what came from bfloat16 files, byte for byte
+  lmx convert runs/quickstart/model exported                a model of our own, in the family that computes the same
+
+The first form makes a run of no steps: its checkpoint is step 0. What lmx cannot represent is an error that names the
+field, and so is a pickle: nothing in a model's files is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from lmx import cli
+
+KEPT = "released"
+"""The subfolder of a run that keeps what came beside the weights."""
+
+
+@dataclass(frozen=True)
+class Options:
+    source: tyro.conf.Positional[Path]
+    """A Hugging Face folder, a .gguf file, or a run's folder."""
+    out: tyro.conf.Positional[Path]
+    """The folder to make; it must not exist, or be empty."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of written weights; that of the model's source if not given, or float32."""
+    step: str = "latest"
+    """Of a run's checkpoint: latest, best or a number."""
+    ema: bool = False
+    """The moving average of a run's parameters."""
+
+
+def main(argv: list[str]) -> None:
+    asked = cli.options(Options, argv, __doc__, "convert")
+    if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
+        raise ValueError(f"{asked.out} is already there; name a new folder")
+    if (asked.source / "run.txt").exists():
+        family = _release(asked)
+        print(f"wrote {asked.out} as {family.model_type}; transformers reads it with {family.architecture}")
+        return
+    _adopt(asked.source, asked.out)
+    print(f"wrote {asked.out}; `lmx info {asked.out}`, `lmx generate {asked.out}` and `lmx eval` read it")
+
+
+def _adopt(source: Path, out: Path) -> None:
+    """A released model as a run of no steps."""
+    from lmx.data import Data, File
+    from lmx.models import pretrained
+    from lmx.run import Run
+    from lmx.train.checkpoint import FOLDER, Checkpoints
+
+    found = pretrained.find(source)
+    tokenizer = found.tokenizer()
+    out.mkdir(parents=True, exist_ok=True)
+    length = min(found.context or 1024, 1024)
+    data = Data(tokenizer=File(str(out)), seq_len=length, clean=False)  # released models read text as it is
+    Run(model=found.config, data=data).save(out / "run.txt")
+    tokenizer.save(out)
+    kept = out / KEPT
+    kept.mkdir()
+    for name, text in found.beside().items():
+        (kept / name).write_text(text, encoding="utf-8")
+    checkpoints = Checkpoints(out / FOLDER, best=None, strict=True, made_from=found.files())
+    checkpoints.save(0, {"trainable": pretrained.load(found)}, {"source": str(source)})
+    checkpoints.close()
+
+
+def _release(asked: Options):
+    from lmx.models import pretrained
+    from lmx.run import trained
+
+    model = trained(asked.source, cli.step_of(asked.source, asked.step), asked.ema)
+    kept = asked.source / KEPT
+    if (kept / "config.json").exists():
+        like, context = json.loads((kept / "config.json").read_text("utf-8")), None
+    else:
+        like = {f"{x}_token_id": getattr(model.tokenizer, f"{x}_id") for x in ("bos", "eos", "pad")}
+        context = model.run.data.seq_len
+    family = pretrained.save(
+        asked.out, model.run.model, model.params, like=like, context=context, dtype=asked.dtype
+    )
+    model.tokenizer.save(asked.out)
+    for path in sorted(kept.iterdir()) if kept.is_dir() else ():
+        if path.name != "config.json":
+            shutil.copyfile(path, asked.out / path.name)
+    return family

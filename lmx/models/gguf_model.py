@@ -1,0 +1,176 @@
+"""A GGUF file's metadata and tensor names in the terms of the families: fields of a config.json, and entries.
+
+Where GGUF departs from Hugging Face: Llama's query and key rows lie in neighbouring pairs, Gemma's norms have
+their 1 added, Llama 3's stretched RoPE is a tensor of divisors, and GPT-2's matrices are [d_out, d_in].
+Source: ggml, docs/gguf.md; gguf-py, constants.py, for the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lmx.data import Tokenizer
+from lmx.data.tokenizer_gguf import tokenizer_of
+from lmx.formats import Tensor
+from lmx.formats.gguf import Gguf
+from lmx.models.families import FAMILIES, Family, Fields
+from lmx.models.transformer import TransformerConfig
+from lmx.models.weight_map import Entry
+from lmx.ops.position import Divided
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "gpt2": "gpt2",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+}
+"""general.architecture -> family."""
+DIVISORS = "rope_freqs.weight"
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers.{layer}.": "blk.{layer}.",
+    "transformer.h.{layer}.": "blk.{layer}.",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+    **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+    **{f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"},
+    "mlp.gate_up_proj": "ffn_up",
+    **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+    "input_layernorm": "attn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+"""Part of a Hugging Face name -> GGUF's."""
+
+
+def describe(file: Gguf, name: str) -> tuple[Family, dict[str, Any], TransformerConfig, list[Entry]]:
+    """Family, fields of a config.json, config, and where the parameters lie.
+
+    Raises: ValueError for an architecture or setting that lmx has not.
+    """
+    if file.architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{name}: architecture {file.architecture!r:.99} is none of {', '.join(ARCHITECTURES)}"
+        )
+    family = FAMILIES[ARCHITECTURES[file.architecture]]
+    found = _fields(file, name)
+    fields = Fields(found, name)
+    config = family.config(fields)
+    fields.finish()
+    config = replace(config, norm=replace(config.norm, offset=0.0))
+    if DIVISORS in file.tensors:
+        divisors = tuple(file.tensors[DIVISORS].read().astype(float).tolist())
+        config = replace(config, position=replace(config.position, scaling=Divided(divisors)))
+    return family, found, config, _entries(family, config, file.architecture)
+
+
+def weights(file: Gguf) -> dict[str, Tensor]:
+    """The tensors that are parameters."""
+    return {name: tensor for name, tensor in file.tensors.items() if name != DIVISORS}
+
+
+def tokenizer(file: Gguf) -> Tokenizer:
+    return tokenizer_of(file.metadata, file.metadata.get("general.name") or "the GGUF file")
+
+
+def chat_template(file: Gguf) -> str | None:
+    return file.metadata.get("tokenizer.chat_template")
+
+
+def _fields(file: Gguf, name: str) -> dict[str, Any]:
+    a = file.architecture
+
+    def of(key: str, default: Any = None) -> Any:
+        return file.metadata.get(f"{a}.{key}", default)
+
+    if of("expert_count"):
+        raise ValueError(f"{name}: {a}.expert_count={of('expert_count')}: experts are not read from GGUF yet")
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{name}: the tensor token_embd.weight is missing")
+    common = {
+        "model_type": ARCHITECTURES[a],
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+    if a == "gpt2":
+        return common | {
+            "n_embd": of("embedding_length"),
+            "n_layer": of("block_count"),
+            "n_head": of("attention.head_count"),
+            "n_inner": of("feed_forward_length"),
+            "n_positions": of("context_length"),
+            "layer_norm_epsilon": of("attention.layer_norm_epsilon"),
+        }
+    found = common | {
+        "hidden_size": of("embedding_length"),
+        "intermediate_size": of("feed_forward_length"),
+        "num_hidden_layers": of("block_count"),
+        "num_attention_heads": of("attention.head_count"),
+        "num_key_value_heads": of("attention.head_count_kv", of("attention.head_count")),
+        "head_dim": of("attention.key_length"),
+        "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": of("context_length"),
+        "rope_parameters": _rope(of, name),
+    }
+    if a in ("llama", "qwen2"):
+        found |= {"attention_bias": "blk.0.attn_output.bias" in file.tensors} if a == "llama" else {}
+    if a.startswith("gemma"):
+        found["query_pre_attn_scalar"] = found["head_dim"]
+        found["sliding_window"] = of("attention.sliding_window", 4096)
+    if a == "gemma2":
+        found["attn_logit_softcapping"] = of("attn_logit_softcapping", 50.0)
+        found["final_logit_softcapping"] = of("final_logit_softcapping", 30.0)
+    if a == "gemma3":
+        full = found["rope_parameters"]
+        local = {"rope_type": "default", "rope_theta": of("rope.freq_base_swa", 1e4)}
+        found["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
+        found["sliding_window_pattern"] = of("attention.sliding_window_pattern", 6)
+    return found
+
+
+def _rope(of, name: str) -> dict[str, Any]:
+    kind = of("rope.scaling.type", "none")
+    found = {"rope_theta": of("rope.freq_base", 1e4), "rope_type": "default" if kind == "none" else kind}
+    dims, H = of("rope.dimension_count"), of("attention.key_length")
+    if dims is not None and H is not None and dims != H:
+        found["partial_rotary_factor"] = dims / H
+    if kind != "none":
+        found["factor"] = of("rope.scaling.factor")
+    if kind == "yarn":
+        found["original_max_position_embeddings"] = of("rope.scaling.original_context_length")
+    return found
+
+
+def _entries(family: Family, config: TransformerConfig, architecture: str) -> list[Entry]:
+    after = "post_attention_norm" if architecture in ("gemma2", "gemma3", "olmo2") else "ffn_norm"
+    names = NAMES | {"post_attention_layernorm": after}
+    found = []
+    for entry in family.entries(config):
+        theirs = entry.theirs
+        for part, name in names.items():
+            theirs = theirs.replace(part, name)
+        turned = entry.turned or (architecture == "gpt2" and entry.ours.endswith("/w"))
+        paired = 0
+        if architecture == "llama" and entry.ours.startswith(("blocks/attn/q/", "blocks/attn/k/")):
+            a = config.attention
+            paired = a.n_heads if "/q/" in entry.ours else a.kv_heads
+        found.append(replace(entry, theirs=theirs, turned=turned, paired=paired))
+    return found

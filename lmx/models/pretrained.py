@@ -1,0 +1,265 @@
+"""Models that others released: a Hugging Face folder or a GGUF file, described without loading, loaded, written.
+
+    found = pretrained.find("SmolLM2-135M-Instruct.gguf")        found.config, found.n_bytes
+    params = pretrained.load(found, mesh=mesh)
+    pretrained.save("folder", found.config, params)              what transformers reads
+
+Nothing in a model's files is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from lmx.data import Tokenizer
+from lmx.formats import Tensor, gguf, safetensors
+from lmx.mesh import shardings
+from lmx.models import gguf_model, weight_map
+from lmx.models.families import FAMILIES, Family, Fields
+from lmx.models.transformer import RULES, TransformerConfig, build
+from lmx.models.weight_map import Entry
+
+BESIDE = (
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+)
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+"""Tensors that older files hold beside the weights: masks and frequencies, which a model computes itself."""
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+DTYPES |= {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model on disk. fields: its config.json, or what a GGUF file's metadata say in those terms."""
+
+    path: Path
+    family: Family
+    config: TransformerConfig
+    fields: Mapping[str, Any]
+    entries: list[Entry]
+    tensors: dict[str, Tensor]
+
+    @property
+    def context(self) -> int | None:
+        """Tokens it was trained to read at once, where its files say so."""
+        return self.fields.get("max_position_embeddings") or self.fields.get("n_positions")
+
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        return sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+
+    def beside(self) -> dict[str, str]:
+        """Name -> text of what came beside weights and tokenizer, as a Hugging Face folder names it: the config, the
+        chat template, how to generate."""
+        if not self.path.is_dir():
+            template = gguf_model.chat_template(gguf.read(self.path))
+            found = {"config.json": json.dumps(self.fields, indent=2, ensure_ascii=False)}
+            return found | ({} if template is None else {"chat_template.jinja": template})
+        kept = (path for path in map(self.path.joinpath, BESIDE) if path.is_file())
+        return {path.name: path.read_text(encoding="utf-8") for path in kept}
+
+    def tokenizer(self) -> Tokenizer:
+        """With a bos token only if the model's texts begin with it.
+
+        Raises: FileNotFoundError if there is none; ValueError if it is damaged.
+        """
+        if not self.path.is_dir():
+            return gguf_model.tokenizer(gguf.read(self.path))
+        found = Tokenizer.load(self.path)
+        says = self.path / "tokenizer_config.json"
+        config = read_object(says) if says.exists() else {}
+        return found if config.get("add_bos_token", found.begins) else found.without("bos_token")
+
+
+def is_released(path: Path) -> bool:
+    """Whether a path is a GGUF file or a folder with a config.json and no run in it."""
+    return path.suffix == ".gguf" or ((path / "config.json").exists() and not (path / "run.txt").exists())
+
+
+def find(path: str | Path) -> Pretrained:
+    """A Hugging Face folder or a GGUF file, with every name and shape of its weights checked against its config.
+
+    Raises: FileNotFoundError; ValueError for files that are damaged, and for what lmx cannot represent, by name.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        file = gguf.read(path)
+        family, found, config, entries = gguf_model.describe(file, str(path))
+        tensors = gguf_model.weights(file)
+    else:
+        found = _config_json(path)
+        family = _family(found, path)
+        asked = Fields(found, str(path / "config.json"))
+        config = _valid(family, asked)
+        entries = family.entries(config)
+        tensors = safetensors.read(path)
+        tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
+        entries = _as_named(tensors, entries)
+    if config.tie_head:
+        tensors = _without_copy_of_embedding(tensors, entries, path)
+    weight_map.check(entries, shapes(config), tensors, str(path))
+    return Pretrained(path, family, config, found, entries, tensors)
+
+
+def shapes(config: TransformerConfig, mesh: Mesh | None = None) -> Any:
+    """The parameters as ShapeDtypeStruct, float32; with a mesh each says how it is spread over it."""
+    params = jax.eval_shape(build(config, platform="cpu").init, jax.random.key(0))
+    if mesh is None:
+        return params
+    spread = shardings(params, RULES, mesh)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, spread)
+
+
+def load(found: Pretrained, mesh: Mesh | None = None) -> Any:
+    """The parameters in float32, read straight to where they belong, one piece at a time."""
+    return weight_map.load(found.entries, shapes(found.config, mesh), found.tensors)
+
+
+def save(
+    folder: str | Path,
+    config: TransformerConfig,
+    params: Any,
+    *,
+    like: Mapping[str, Any] | None = None,
+    context: int | None = None,
+    dtype: str | None = None,
+) -> Family:
+    """Writes config.json and safetensors as transformers reads them; returns the family that it is written as.
+
+    Args:
+      like: the config.json it came from; its other fields are kept, and its family is tried first. A model of our
+        own gives the ids of its special tokens here: bos_token_id, eos_token_id, pad_token_id.
+      context: tokens the model reads at once; None takes that of `like`, or of the positions.
+      dtype: of the weights; None means that of `like`, or float32.
+    Raises: ValueError naming what no family can represent.
+    """
+    folder = Path(folder)
+    like = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | dict(like or {})
+    family, found = _representing(config, like, context)
+    dtype = dtype or like.get("dtype") or like.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; use {', '.join(DTYPES)}")
+    entries = family.entries(config)
+    weight_map.theirs(entries, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
+    safetensors.write(folder, weight_map.dump(entries, params, DTYPES[dtype]))
+    about = {"architectures": [family.architecture], "model_type": family.model_type}
+    text = json.dumps(
+        like | about | found | {"dtype": dtype, "torch_dtype": dtype}, indent=2, ensure_ascii=False
+    )
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    return family
+
+
+def _representing(config, like, context) -> tuple[Family, dict[str, Any]]:
+    """A family whose fields, read back, give the same model; the rest of a config is how it is trained and run."""
+    wanted = _meaning(config)
+    first = like.get("model_type")
+    problems = []
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != first):
+        try:
+            found = family.fields(config)
+            if "n_positions" not in found:
+                found["max_position_embeddings"] = context or like.get("max_position_embeddings") or 2048
+            again = _meaning(family.config(Fields(found, family.model_type)))
+        except ValueError as error:
+            problems.append((999, f"{family.model_type}: {error}"))
+            continue
+        if again == wanted:
+            return family, found
+        other = [name for name in wanted if again[name] != wanted[name]]
+        told = ", ".join(f"{name}={wanted[name]}" for name in other)
+        problems.append((len(other), f"{family.model_type} has no counterpart for {told}"))
+    nearest = min(problems)[1]
+    raise ValueError(f"no family that transformers reads can represent this model; the nearest: {nearest}")
+
+
+def _meaning(config: TransformerConfig) -> dict[str, Any]:
+    """What a config computes: widths spelled out, and without what concerns training, dtype and speed alone."""
+    a = config.attention
+    H = a.width(config.d_model)
+    scale = round(a.scale or H**-0.5, 9)
+    settled = replace(
+        config,
+        attention=replace(a, n_kv_heads=a.kv_heads, head_dim=H, scale=scale, impl="auto"),
+        mlp=replace(config.mlp, d_ff=config.mlp.width(config.d_model)),
+    )
+    free = ("dropout", "init_std", "dtype", "remat", "unroll")
+    return {f.name: getattr(settled, f.name) for f in fields(settled) if f.name not in free}
+
+
+def _config_json(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such model; give a folder with config.json, or a .gguf file")
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no config.json; give the folder of a model")
+    return read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises: ValueError if it holds something else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a JSON object ({error!s:.200})") from None
+    return found
+
+
+def _family(found: Mapping[str, Any], path: Path) -> Family:
+    kind = found.get("model_type")
+    if kind not in FAMILIES:
+        code = " (its own code, named in auto_map, is never executed here)" if "auto_map" in found else ""
+        raise ValueError(
+            f"{path / 'config.json'}: model_type={kind!r:.99} is none of {', '.join(FAMILIES)}{code}"
+        )
+    return FAMILIES[kind]
+
+
+def _valid(family: Family, asked: Fields) -> TransformerConfig:
+    try:
+        config = family.config(asked)
+    except ValueError as error:
+        raise ValueError(str(error) if asked.where in str(error) else f"{asked.where}: {error}") from None
+    asked.finish()
+    return config
+
+
+def _as_named(tensors, entries):
+    """Hub files of GPT-2 lack the prefix of the model inside; their entries do then too."""
+    bare = "transformer."
+    if any(entry.theirs.startswith(bare) for entry in entries) and not any(
+        n.startswith(bare) for n in tensors
+    ):
+        entries = [replace(entry, theirs=entry.theirs.removeprefix(bare)) for entry in entries]
+    return entries
+
+
+def _without_copy_of_embedding(tensors, entries, path):
+    """A head that is stored although it is tied is left out, if it is the embedding."""
+    embed = next(entry.theirs for entry in entries if entry.ours == "embed")
+    if "lm_head.weight" not in tensors or embed not in tensors:
+        return tensors
+    head, rows = tensors["lm_head.weight"], tensors[embed]
+    same = head.shape == rows.shape and all(
+        np.array_equal(head.read(slice(i, i + 4096)), rows.read(slice(i, i + 4096)))
+        for i in range(0, rows.shape[0], 4096)
+    )
+    if not same:
+        raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight is not {embed}")
+    return {name: x for name, x in tensors.items() if name != "lm_head.weight"}

@@ -1,0 +1,79 @@
+"""Released models into runs and back, by command."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmx import artifact
+from lmx.data import Word
+from lmx.formats import safetensors
+
+FAMILIES = Path(__file__).parents[1] / "models" / "families"
+TEXT = "the river carries boats past old mills नदी नावों को ले जाती है"
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A Hugging Face folder: a tiny Qwen 3, a tokenizer, and what comes beside."""
+    folder = tmp_path / "released"
+    shutil.copytree(FAMILIES / "qwen3", folder, ignore=shutil.ignore_patterns("expected.*"))
+    Word(17).train([TEXT]).save(folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }} नमस्ते")
+    return folder
+
+
+def test_there_and_back_changes_nothing(released, tmp_path, lmx):
+    run, back = tmp_path / "run", tmp_path / "back"
+    assert "lmx generate" in lmx("convert", released, run)
+    assert "as qwen3; transformers reads it with Qwen3ForCausalLM" in lmx("convert", run, back)
+    ours, theirs = (safetensors.read(folder) for folder in (back, released))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].read().tobytes() == x.read().tobytes() for name, x in theirs.items())
+    for path in released.iterdir():
+        if path.suffix == ".json":
+            want, found = (json.loads((folder / path.name).read_text("utf-8")) for folder in (released, back))
+            assert {name: found[name] for name in want} == want, path.name
+        elif path.suffix == ".jinja":
+            assert (back / path.name).read_bytes() == path.read_bytes()
+    kinds = [line.split()[0] for line in lmx("explain", run).splitlines()]
+    assert kinds == ["checkpoint", "file"] and artifact.read(run / "checkpoints/0").made_from
+
+
+def test_a_released_model_is_used_as_it_is_and_as_a_run(released, tmp_path, lmx, refused):
+    run = tmp_path / "run"
+    lmx("convert", released, run)
+    options = ("the river", "--temperature", "0", "--max-tokens", "5")
+    assert lmx("generate", released, *options) == lmx("generate", run, *options)
+    told = lmx("info", released)
+    for part in ("qwen3", "head", "128 tokens", "word", "F32"):
+        assert part in told
+    assert "parameters" in lmx("info", run)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    found = json.loads(
+        lmx("eval", run, tmp_path / "text.txt", "--bootstrap", "0", "--json", "--seq-len", "32")
+    )
+    assert np.isfinite(found["results"][0]["bits_per_byte"])
+    assert "convert it" in refused("eval", released, tmp_path / "text.txt")
+
+
+def test_mistakes_are_told(released, tmp_path, refused):
+    assert "no such model" in refused("convert", tmp_path / "none", tmp_path / "out")
+    assert "is already there; name a new folder" in refused("convert", released, released)
+    config = json.loads((released / "config.json").read_text())
+    (released / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    assert "hidden_act='relu' has no counterpart" in refused("convert", released, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_in_a_model_is_never_run(released, tmp_path, lmx):
+    config = json.loads((released / "config.json").read_text())
+    auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (released / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    (released / "modeling_own.py").write_text("raise SystemExit('it ran')")
+    lmx("convert", released, tmp_path / "out")
+    assert "modeling_own" not in sys.modules and not list((tmp_path / "out").rglob("*.py"))

@@ -1,0 +1,96 @@
+"""Tokenizers in the metadata of GGUF files."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmx.data import Bpe
+from lmx.data.tokenizer_gguf import BYTE, CONTROL, NORMAL, UNKNOWN, USER, tokenizer_of
+from lmx.data.tokenizer_json import byte_pieces
+
+WORDS = ["▁", "a", "b", "न", "म", "▁a", "ab", "ba", "▁ab", "aba", "नम", "▁नम", "aa", "bb"]
+SCORES = [0.0] * 5 + [-1.0, -3.0, -2.0, -4.0, -5.0, -1.5, -6.0, -2.5, -3.5]
+PIECES = ["<unk>", "<s>", "</s>", *byte_pieces(), "<tool>", *WORDS]
+SENTENCEPIECE = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": PIECES,
+    "tokenizer.ggml.scores": [0.0] * 260 + SCORES,
+    "tokenizer.ggml.token_type": [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, USER, *[NORMAL] * len(WORDS)],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+}
+
+
+def merged(text):
+    """SentencePiece's BPE by its definition: the pair that joins to the token of the best score, leftmost first."""
+    score = dict(zip(WORDS, SCORES))
+    pieces = list("▁" + text.replace(" ", "▁"))
+    while True:
+        pairs = [(-score[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in score]
+        if not pairs:
+            break
+        i = min(pairs)[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    ids = []
+    for piece in pieces:
+        known = piece in score
+        ids += [PIECES.index(piece)] if known else [3 + byte for byte in piece.encode()]
+    return ids
+
+
+@given(st.text("ab नमé🙂", max_size=12))
+def test_sentencepiece_joins_by_score_and_spells_the_rest_in_bytes(text):
+    tokenizer = tokenizer_of(SENTENCEPIECE, "the file")
+    assert tokenizer.encode(text) == (merged(text) if text else [])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_roles_and_special_tokens_are_the_file_s():
+    tokenizer = tokenizer_of(SENTENCEPIECE, "the file")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, len(PIECES))
+    assert 1 not in tokenizer.encode("<s>"), "a text does not spell special tokens"
+    silent = tokenizer_of(SENTENCEPIECE | {"tokenizer.ggml.add_bos_token": False}, "the file")
+    assert silent.bos_id is None and silent.eos_id == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pre"), [("gpt2", "gpt-2"), ("llama3", "llama-bpe"), ("o200k", "gpt-4o")]
+)
+def test_byte_level_pairs_give_the_ids_they_were_trained_to(pattern, pre):
+    text = "The river carries 1234 boats, नदी नावों को ले जाती है। don't " * 20
+    trained = Bpe(vocab_size=330, pattern=pattern).train([text])
+    model = json.loads(trained._rust.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    found = tokenizer_of(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+            "tokenizer.ggml.token_type": [NORMAL] * len(tokens),
+        },
+        "the file",
+    )
+    for said in (text, "unseen wörds 🙂 ४५", "  two  spaces\n\n"):
+        assert found.encode(said) == trained.encode(said) and found.decode(found.encode(said)) == said
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, r"tokenizer.ggml.model='bert' is not known here"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt5"}, r"pre='gpt5' says how text is cut"),
+        ({"tokenizer.ggml.tokens": []}, "is not a list of tokens"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "is not a list of tokens"),
+        ({"tokenizer.ggml.scores": [0.0]}, r"274 tokens with 1 scores"),
+        ({"tokenizer.ggml.token_type": [1]}, r"274 tokens with 1 types"),
+        ({"tokenizer.ggml.tokens": [*PIECES[:-1], "a"]}, "the token 'a' comes twice"),
+    ],
+)
+def test_metadata_that_lie_are_told(changed, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer_of(SENTENCEPIECE | changed, "the file")
