@@ -14,7 +14,7 @@ from lmx.data import Tokenizer
 from lmx.data.tokenizer_gguf import tokenizer_of
 from lmx.formats import Tensor
 from lmx.formats.gguf import Gguf
-from lmx.models.families import FAMILIES, Family, Fields
+from lmx.models.families import FAMILIES, Family, Fields, check_counts
 from lmx.models.transformer import TransformerConfig
 from lmx.models.weight_map import Entry
 from lmx.ops.position import Divided
@@ -70,6 +70,7 @@ def describe(file: Gguf, name: str) -> tuple[Family, dict[str, Any], Transformer
         )
     family = FAMILIES[ARCHITECTURES[file.architecture]]
     found = _fields(file, name)
+    check_counts(found, len(file.tensors), name)
     fields = Fields(found, name)
     config = family.config(fields)
     fields.finish()

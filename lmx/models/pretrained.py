@@ -24,7 +24,7 @@ from lmx.data import Tokenizer
 from lmx.formats import Tensor, gguf, safetensors
 from lmx.mesh import shardings
 from lmx.models import gguf_model, weight_map
-from lmx.models.families import FAMILIES, Family, Fields
+from lmx.models.families import FAMILIES, Family, Fields, check_counts
 from lmx.models.transformer import RULES, TransformerConfig, build
 from lmx.models.weight_map import Entry
 
@@ -103,10 +103,10 @@ def find(path: str | Path) -> Pretrained:
     else:
         found = _config_json(path)
         family = _family(found, path)
-        asked = Fields(found, str(path / "config.json"))
-        config = _valid(family, asked)
-        entries = family.entries(config)
         tensors = safetensors.read(path)
+        check_counts(found, len(tensors), str(path / "config.json"))
+        config = _valid(family, Fields(found, str(path / "config.json")))
+        entries = family.entries(config)
         tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
         entries = _as_named(tensors, entries)
     if config.tie_head:

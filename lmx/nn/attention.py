@@ -71,7 +71,7 @@ class AttentionConfig:
         if self.n_heads < 1:
             raise ValueError(f"AttentionConfig: n_heads={self.n_heads} must be at least 1")
         if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
-            fits = [str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
+            fits = [str(k) for k in range(1, min(self.n_heads, 1024) + 1) if self.n_heads % k == 0]
             raise ValueError(
                 f"AttentionConfig: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; "
                 f"use {', '.join(fits)}"

@@ -132,7 +132,7 @@ def test_logits(name, tmp_path):
     "changed, message",
     [
         ({"block_count": 3}, "blk.2.attn_norm.weight is missing"),
-        ({"block_count": 10**9}, "1,000,000,000 layers or experts, the file 21 tensors"),
+        ({"block_count": 10**9}, "num_hidden_layers=1,000,000,000, but the file has 21 tensors"),
         ({"embedding_length": 32}, "shape"),
         ({"feed_forward_length": None}, "intermediate_size is missing"),
         ({"attention.head_count": "four"}, "num_attention_heads is 'four', not a int"),

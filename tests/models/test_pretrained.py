@@ -47,7 +47,10 @@ EXTRA = np.zeros((2, 2), np.float32)
             r"model.norm.weight has shape \[2, 2\] .* makes it \[16\]",
         ),
         ({"num_hidden_layers": 3}, r"model.layers.2.input_layernorm.weight is missing.*; and \d+ more"),
-        ({"num_hidden_layers": 10**12}, r"1,000,000,000,000 layers or experts, the file \d+ tensors"),
+        ({"num_hidden_layers": 10**12}, r"num_hidden_layers=1,000,000,000,000, but the file has \d+ tensors"),
+        ({"name": "gemma2", "num_hidden_layers": 10**12}, r"but the file has \d+ tensors"),
+        ({"name": "mixtral", "num_local_experts": 10**12}, r"but the file has \d+ tensors"),
+        ({"num_attention_heads": 10**12 + 7}, r"is not a multiple of n_kv_heads=2"),
         ({"hidden_size": 2**40}, "disagree|not a multiple"),
         ({"hidden_size": "16"}, "hidden_size is '16', not a int"),
         ({"hidden_size": -16}, "hidden_size is -16, not a int"),
@@ -148,6 +151,17 @@ def test_a_mesh_gets_the_same_parameters_each_device_its_part(name):
     spread, whole = pretrained.load(found, mesh), pretrained.load(found)
     jax.tree.map(np.testing.assert_array_equal, spread, whole)
     assert {shard.data.shape for shard in spread["embed"].addressable_shards} == {(12, 8)}
+
+
+def test_what_half_precision_cannot_hold_is_told(tmp_path):
+    found = pretrained.find(FOLDER / "llama")
+    params = pretrained.load(found)
+    params["norm"]["scale"] = params["norm"]["scale"].at[3].set(1e5)
+    with pytest.raises(
+        ValueError, match=r"model.norm.weight holds 1e\+05, too large for float16; use bfloat16"
+    ):
+        pretrained.save(tmp_path / "out", found.config, params, dtype="float16")
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_our_own_shapes_are_written_as_the_family_that_computes_the_same(tmp_path):

@@ -27,6 +27,16 @@ HARMLESS = frozenset(
 """Fields that say how a model is trained, batched or sampled from, not what it computes."""
 
 
+COUNTS = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")
+
+
+def check_counts(found: Mapping[str, Any], n_tensors: int, where: str) -> None:
+    """Raises: ValueError if a config has more layers or experts than the file has tensors; nothing is counted out."""
+    for name in COUNTS:
+        if type(found.get(name)) is int and found[name] > n_tensors:
+            raise ValueError(f"{where}: {name}={found[name]:,}, but the file has {n_tensors:,} tensors")
+
+
 class Fields:
     """The fields of a config.json, each asked for by name; `finish` refuses those nobody asked for."""
 
