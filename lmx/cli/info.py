@@ -112,13 +112,13 @@ def _model(config, seq_len: int) -> dict[str, str]:
     a = config.attention
     head_dim = a.width(config.d_model)
     n, active = models.n_params(config)
-    some = "" if n == active else f"{active:,} of them for a token, "
+    met = "" if n == active else f"; a token meets {active:,}"
     cache = 2 * config.n_layers * a.kv_heads * head_dim * jax.numpy.dtype(config.dtype).itemsize
     return {
         "shape": f"{config.n_layers} layers, d_model {config.d_model}, {a.n_heads} heads of {head_dim}"
         f" ({a.kv_heads} for keys), vocabulary {config.vocab_size}",
         "parts": f"{config.position}, {config.norm.kind} norm ({config.placement}), {config.mlp.activation}",
-        "parameters": f"{n:,}, {some}embedding {config.vocab_size * config.d_model:,}",
+        "parameters": f"{n:,}, of them embedding {config.vocab_size * config.d_model:,}{met}",
         "memory": f"float32 {n * 4 / 2**20:,.1f} MiB, bfloat16 {n * 2 / 2**20:,.1f} MiB",
         "training FLOPs per token": f"{models.flops_per_token(config, seq_len):.3g} at length {seq_len}",
         "KV cache per token": f"{cache:,} bytes",

@@ -15,6 +15,9 @@ from lmx.losses import NextToken, Term, counts, total
 from lmx.models import build, pretrained, weight_map
 
 FOLDER = Path(__file__).parent / "families"
+FIRST = list({kind: name for name, (kind, _) in reversed(CASES.items())}.values())
+VARIED = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+"""One case of each family always, its variants with --slow."""
 
 
 class Answers:
@@ -34,7 +37,7 @@ class Answers:
         return jax.jit(build(found.config).apply)(params, {"tokens": self.tokens}).logits
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=VARIED)
 def case(request):
     return Answers(request.param)
 
