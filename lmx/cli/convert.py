@@ -1,6 +1,6 @@
 """Reads a released model into a run's folder, or writes a run as a folder that transformers reads.
 
-  lmx convert SmolLM2-135M-Instruct.gguf runs/smollm2       a GGUF file, to evaluate, generate from and fine-tune
+  lmx convert SmolLM2-135M-Instruct.gguf runs/smollm2       a GGUF file, to evaluate and to generate from
   lmx convert ~/models/Qwen3-0.6B runs/qwen3                a Hugging Face folder: config.json, safetensors, tokenizer
   lmx convert runs/qwen3 exported --dtype bfloat16          back again: what came from bfloat16 files, byte for byte
   lmx convert runs/quickstart/model exported                a model of our own, in the family that computes the same

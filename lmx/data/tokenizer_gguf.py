@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from lmx.data.tokenizer import PATTERNS
-from lmx.data.tokenizer_json import MAX_VOCAB, Tokenizer
+from lmx.data.tokenizer_json import MAX_VOCAB, Tokenizer, told
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 QWEN = PATTERNS["llama3"].replace(r"\p{N}{1,3}", r"\p{N}")
@@ -58,10 +58,8 @@ def tokenizer_of(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     if not metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _begins(metadata)):
         roles["bos"] = None
     named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    try:
+    with told(f"{name}: no tokenizer that tokenizers {tokenizers.__version__} knows", "fetch the file again"):
         rust = tokenizers.Tokenizer.from_str(json.dumps(layout))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{name}: no tokenizer that tokenizers knows ({error!s:.200})") from None
     return Tokenizer(rust, {named[role]: token for role, token in roles.items()}, name)
 
 

@@ -107,11 +107,11 @@ class Tokenizer:
         if "model" not in layout:
             raise ValueError(f"{path} has no 'model', so it is no tokenizer.json; {_WAY_OUT}")
         problem = f"{path} is JSON, but no tokenizer that tokenizers {tokenizers.__version__} knows"
-        with _told(problem, _WAY_OUT):
+        with told(problem, _WAY_OUT):
             largest = _largest_id(layout)
         if largest >= MAX_VOCAB:
             raise ValueError(f"{path}: token id {largest} is not below {MAX_VOCAB:,}; {_WAY_OUT}")
-        with _told(problem, _WAY_OUT):
+        with told(problem, _WAY_OUT):
             return cls(tokenizers.Tokenizer.from_str(path.read_text("utf-8")), roles, str(path))
 
     def save(self, path: str | Path) -> Path:
@@ -161,7 +161,7 @@ class Tokenizer:
         """The text of the ids; bytes that are no UTF-8 become U+FFFD. specials: also show special tokens."""
         ids = [int(i) for i in ids]
         if not self._joins:
-            with _told(f"{self._name} cannot decode these ids", _OTHER):
+            with told(f"{self._name} cannot decode these ids", _OTHER):
                 return self._rust.decode(ids, skip_special_tokens=not specials)
         shown = self._special if specials else {}
         pieces = (shown[i].encode() if i in shown else self.token_bytes(i) for i in ids)
@@ -195,7 +195,7 @@ class Tokenizer:
             ends = list(accumulate((len(self._bytes[i]) for i in ids), initial=0))
             return list(zip(ids, ends, ends[1:]))
         at = list(accumulate((len(char.encode()) for char in text), initial=0))
-        with _told(f"{self._name} cannot encode this text", _OTHER):
+        with told(f"{self._name} cannot encode this text", _OTHER):
             encoding = self._rust.encode(text, add_special_tokens=False)
         return [(i, at[start], at[end]) for i, (start, end) in zip(encoding.ids, encoding.offsets)]
 
@@ -228,7 +228,7 @@ class Tokenizer:
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids that the library alone gives each text."""
-        with _told(f"{self._name} cannot encode this text", _OTHER):
+        with told(f"{self._name} cannot encode this text", _OTHER):
             try:
                 batch = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
             except TypeError:
@@ -260,7 +260,7 @@ _OTHER = "mend the file, for example with an unknown token, or use another token
 
 
 @contextlib.contextmanager
-def _told(what: str, way_out: str) -> Iterator[None]:
+def told(what: str, way_out: str) -> Iterator[None]:
     """Turns what the Rust library raises, plain Exceptions and panics, and what a file of another shape makes
     of our own code, into a ValueError. A ValueError of the block stays as it is."""
     try:

@@ -129,13 +129,13 @@ def _fields(file: Gguf, name: str) -> dict[str, Any]:
         "head_dim": of("attention.key_length"),
         "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": of("context_length"),
-        "rope_parameters": _rope(of, name),
+        "rope_parameters": _rope(of),
     }
-    if a in ("llama", "qwen2"):
-        found |= {"attention_bias": "blk.0.attn_output.bias" in file.tensors} if a == "llama" else {}
+    if a == "llama":
+        found["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
     if a.startswith("gemma"):
         found["query_pre_attn_scalar"] = found["head_dim"]
-        found["sliding_window"] = of("attention.sliding_window", 4096)
+        found["sliding_window"] = of("attention.sliding_window")
     if a == "gemma2":
         found["attn_logit_softcapping"] = of("attn_logit_softcapping", 50.0)
         found["final_logit_softcapping"] = of("final_logit_softcapping", 30.0)
@@ -147,7 +147,7 @@ def _fields(file: Gguf, name: str) -> dict[str, Any]:
     return found
 
 
-def _rope(of, name: str) -> dict[str, Any]:
+def _rope(of) -> dict[str, Any]:
     kind = of("rope.scaling.type", "none")
     found = {"rope_theta": of("rope.freq_base", 1e4), "rope_type": "default" if kind == "none" else kind}
     dims, H = of("rope.dimension_count"), of("attention.key_length")

@@ -1,6 +1,6 @@
 """Models that others released: a Hugging Face folder or a GGUF file, described without loading, loaded, written.
 
-    found = pretrained.find("SmolLM2-135M-Instruct.gguf")        found.config, found.n_bytes
+    found = pretrained.find("SmolLM2-135M-Instruct.gguf")        found.config, found.context
     params = pretrained.load(found, mesh=mesh)
     pretrained.save("folder", found.config, params)              what transformers reads
 
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from lmx.data import Tokenizer
 from lmx.formats import Tensor, gguf, safetensors
+from lmx.formats.gguf import Gguf
 from lmx.mesh import shardings
 from lmx.models import gguf_model, weight_map
 from lmx.models.families import FAMILIES, Family, Fields, check_counts
@@ -44,7 +45,7 @@ DTYPES |= {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model on disk. fields: its config.json, or what a GGUF file's metadata say in those terms."""
+    """A model on disk. fields: its config.json, or what the metadata of its GGUF file say in those terms."""
 
     path: Path
     family: Family
@@ -52,6 +53,7 @@ class Pretrained:
     fields: Mapping[str, Any]
     entries: list[Entry]
     tensors: dict[str, Tensor]
+    gguf: Gguf | None = None
 
     @property
     def context(self) -> int | None:
@@ -60,13 +62,13 @@ class Pretrained:
 
     def files(self) -> list[Path]:
         """The files that hold the weights."""
-        return sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        return [self.path] if self.gguf else sorted(self.path.glob("*.safetensors"))
 
     def beside(self) -> dict[str, str]:
         """Name -> text of what came beside weights and tokenizer, as a Hugging Face folder names it: the config, the
         chat template, how to generate."""
-        if not self.path.is_dir():
-            template = gguf_model.chat_template(gguf.read(self.path))
+        if self.gguf:
+            template = gguf_model.chat_template(self.gguf)
             found = {"config.json": json.dumps(self.fields, indent=2, ensure_ascii=False)}
             return found | ({} if template is None else {"chat_template.jinja": template})
         kept = (path for path in map(self.path.joinpath, BESIDE) if path.is_file())
@@ -77,8 +79,8 @@ class Pretrained:
 
         Raises: FileNotFoundError if there is none; ValueError if it is damaged.
         """
-        if not self.path.is_dir():
-            return gguf_model.tokenizer(gguf.read(self.path))
+        if self.gguf:
+            return gguf_model.tokenizer(self.gguf)
         found = Tokenizer.load(self.path)
         says = self.path / "tokenizer_config.json"
         config = read_object(says) if says.exists() else {}
@@ -95,7 +97,7 @@ def find(path: str | Path) -> Pretrained:
 
     Raises: FileNotFoundError; ValueError for files that are damaged, and for what lmx cannot represent, by name.
     """
-    path = Path(path)
+    path, file = Path(path), None
     if path.suffix == ".gguf":
         file = gguf.read(path)
         family, found, config, entries = gguf_model.describe(file, str(path))
@@ -109,10 +111,10 @@ def find(path: str | Path) -> Pretrained:
         entries = family.entries(config)
         tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
         entries = _as_named(tensors, entries)
-    if config.tie_head:
-        tensors = _without_copy_of_embedding(tensors, entries, path)
+        if config.tie_head:
+            tensors = _without_copy_of_embedding(tensors, entries, path)
     weight_map.check(entries, shapes(config), tensors, str(path))
-    return Pretrained(path, family, config, found, entries, tensors)
+    return Pretrained(path, family, config, found, entries, tensors, file)
 
 
 def shapes(config: TransformerConfig, mesh: Mesh | None = None) -> Any:

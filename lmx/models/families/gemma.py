@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from lmx.models.families.base import Family, activation, named
-from lmx.models.families.fields import Fields, both_spellings, rope, rope_fields, window_fields, windows
-from lmx.models.families.llama import LAYER, attention_entries, ends, mlp_entries
+from lmx.models.families.fields import Fields, rope, rope_fields, window_fields, windows
+from lmx.models.families.llama import LAYER, attention_entries, ends, mlp_entries, sizes
 from lmx.models.transformer import TransformerConfig
 from lmx.models.weight_map import Entry
 from lmx.nn import AttentionConfig, MlpConfig, NormConfig
@@ -30,7 +30,7 @@ def _config(f: Fields) -> TransformerConfig:
     f("max_position_embeddings", int, 0)
     f.only(
         "hidden_act", "gelu", "gelu_pytorch_tanh"
-    )  # older files have it beside hidden_activation, which counts
+    )  # in older files, beside hidden_activation, which counts
     f.only("use_bidirectional_attention", False)
     bias = f("attention_bias", bool, False)
     return TransformerConfig(
@@ -76,22 +76,12 @@ def gemma3(f: Fields) -> TransformerConfig:
 
 def gemma2_fields(c: TransformerConfig) -> dict[str, Any]:
     a = c.attention
-    return {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.d_model,
-        "intermediate_size": c.mlp.width(c.d_model),
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": a.n_heads,
-        "num_key_value_heads": a.kv_heads,
-        "head_dim": a.width(c.d_model),
+    return sizes(c) | {
         "query_pre_attn_scalar": _whole((a.scale or a.width(c.d_model) ** -0.5) ** -2),
         "attn_logit_softcapping": a.softcap,
         "final_logit_softcapping": c.logit_softcap,
         "attention_bias": a.bias,
         "hidden_activation": named(c.mlp.activation, GATES, "mlp.activation"),
-        "rms_norm_eps": c.norm.eps,
-        "tie_word_embeddings": c.tie_head,
-        **both_spellings(c.position),
         **window_fields(a.mask, a.local, c.n_layers),
     }
 

@@ -52,10 +52,7 @@ def llama(f: Fields) -> TransformerConfig:
 
 
 def mistral(f: Fields) -> TransformerConfig:
-    c = decoder(f)
-    kind = "sliding_attention" if f("sliding_window", int, None) else "full_attention"
-    mask, local = windows(f, [kind] * c.n_layers)
-    return replace(c, attention=replace(c.attention, mask=mask, local=local))
+    return _one_window(f, decoder(f))
 
 
 def qwen2(f: Fields) -> TransformerConfig:
@@ -71,16 +68,19 @@ def qwen3(f: Fields) -> TransformerConfig:
 
 def phi3(f: Fields) -> TransformerConfig:
     f("original_max_position_embeddings", int, 0)
-    c = decoder(f, eps=1e-5, partial=True)
-    kind = "sliding_attention" if f("sliding_window", int, None) else "full_attention"
-    mask, local = windows(f, [kind] * c.n_layers)
-    return replace(c, attention=replace(c.attention, mask=mask, local=local))
+    return _one_window(f, decoder(f, eps=1e-5, partial=True))
 
 
 def olmo2(f: Fields) -> TransformerConfig:
     f.only("attention_bias", False)
     c = decoder(f, eps=1e-5)
     return replace(c, attention=replace(c.attention, qk_norm="joint"), placement="inner")
+
+
+def _one_window(f: Fields, c: TransformerConfig) -> TransformerConfig:
+    kind = "sliding_attention" if f("sliding_window", int, None) else "full_attention"
+    mask, local = windows(f, [kind] * c.n_layers)
+    return replace(c, attention=replace(c.attention, mask=mask, local=local))
 
 
 def _windowed(f: Fields, c: TransformerConfig) -> TransformerConfig:
@@ -93,8 +93,8 @@ def _windowed(f: Fields, c: TransformerConfig) -> TransformerConfig:
     return replace(c, attention=replace(c.attention, mask=mask, local=local))
 
 
-def fields(c: TransformerConfig) -> dict[str, Any]:
-    """What all of them write alike."""
+def sizes(c: TransformerConfig) -> dict[str, Any]:
+    """What they and Gemma write alike."""
     a = c.attention
     return {
         "vocab_size": c.vocab_size,
@@ -104,11 +104,14 @@ def fields(c: TransformerConfig) -> dict[str, Any]:
         "num_attention_heads": a.n_heads,
         "num_key_value_heads": a.kv_heads,
         "head_dim": a.width(c.d_model),
-        "hidden_act": named(c.mlp.activation, GATES, "mlp.activation"),
         "rms_norm_eps": c.norm.eps,
         "tie_word_embeddings": c.tie_head,
         **both_spellings(c.position),
     }
+
+
+def fields(c: TransformerConfig) -> dict[str, Any]:
+    return sizes(c) | {"hidden_act": named(c.mlp.activation, GATES, "mlp.activation")}
 
 
 def llama_fields(c: TransformerConfig) -> dict[str, Any]:
@@ -120,9 +123,8 @@ def one_window(c: TransformerConfig) -> dict[str, Any]:
     if c.attention.local is not None:
         raise ValueError(f"attention.local={c.attention.local}: this family has one window for all layers")
     found = window_fields(c.attention.mask, None, c.n_layers)
-    return fields(c) | {
-        "sliding_window": found["sliding_window"]
-    }  # with layer_types it would be read as Ministral
+    del found["layer_types"]  # with which it would be read as Ministral
+    return fields(c) | found
 
 
 def qwen2_fields(c: TransformerConfig) -> dict[str, Any]:
