@@ -68,7 +68,15 @@ def test_rows_longer_than_any_document_are_filled_with_several(tmp_path, lmx):
     assert "1 steps" in lmx("train", "experiment.py", "--out", tmp_path / "out", *settings)
 
 
-def test_ctrl_c_saves_the_step_at_hand(tmp_path, capsys):
+@pytest.fixture
+def listening():
+    """Ctrl-C reaches this process, which a shell's background job is born to ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_the_step_at_hand(listening, tmp_path, capsys):
     out = tmp_path / "out"
 
     def press():
@@ -107,7 +115,7 @@ def no_collection():
     gc.enable()
 
 
-def test_a_second_ctrl_c_does_not_wait(no_collection):
+def test_a_second_ctrl_c_does_not_wait(listening, no_collection):
     with standard._stop_signal() as asked:
         assert not asked(1)
         signal.raise_signal(signal.SIGINT)
