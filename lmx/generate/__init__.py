@@ -1,7 +1,7 @@
 """Decoding: from prompts to completions, as a list or as a stream."""
 
-from lmx.generate.decode import Completion, generate
+from lmx.generate.decode import Completion, completions, generate
 from lmx.generate.sampling import Sampling
-from lmx.generate.stream import stream
+from lmx.generate.stream import Memory, stream
 
-__all__ = ["Completion", "Sampling", "generate", "stream"]
+__all__ = ["Completion", "Memory", "Sampling", "completions", "generate", "stream"]

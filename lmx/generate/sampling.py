@@ -103,8 +103,8 @@ def choose(
         tokens = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
     else:
         tokens = jnp.argmax(kept, -1).astype(jnp.int32)
-    log_p = jax.nn.log_softmax(logits, -1)
-    return tokens, jnp.take_along_axis(log_p, tokens[:, None], 1)[:, 0]
+    drawn = jnp.take_along_axis(logits, tokens[:, None], 1)[:, 0]
+    return tokens, drawn - jax.nn.logsumexp(logits, -1)
 
 
 def filtered(

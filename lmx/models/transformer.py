@@ -6,7 +6,7 @@ h_0 = embed[tokens];  h_l = block(h_{l-1});  logits = norm(h_L) W_head        (V
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -106,13 +106,50 @@ class Out:
 
 @leaf
 class Cache:
-    """Keys and values of the tokens seen so far; slot s of row b is empty while segment_ids[b, s] is 0."""
+    """Keys and values of the tokens seen so far; slot s of row b is empty while segment_ids[b, s] is 0.
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    For `unstacked` parameters k and v are tuples of L arrays.
+    """
+
+    k: Float[Array, "L B K H S"] | tuple[Float[Array, "B K H S"], ...]
+    v: Float[Array, "L B K S H"] | tuple[Float[Array, "B K S H"], ...]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, B]
+
+    def rewind(self, length: Int[Array, " B"]) -> Cache:
+        """Without the tokens of row b from number length[b] on; a row that holds fewer stays as it is."""
+        kept = jnp.arange(self.positions.shape[1], dtype=jnp.int32)[None] < length[:, None]
+        return replace(
+            self,
+            positions=jnp.where(kept, self.positions, 0),
+            segment_ids=jnp.where(kept, self.segment_ids, 0),
+            length=jnp.minimum(self.length, length),
+        )
+
+    def grow(self, length: int) -> Cache:
+        """With room for at least `length` tokens per row."""
+        more = max(0, length - self.positions.shape[1])
+
+        def pad(axis, x):
+            return jnp.pad(x, [(0, more if i == x.ndim + axis else 0) for i in range(x.ndim)])
+
+        return replace(
+            self,
+            k=jax.tree.map(partial(pad, -1), self.k),
+            v=jax.tree.map(partial(pad, -2), self.v),
+            positions=pad(-1, self.positions),
+            segment_ids=pad(-1, self.segment_ids),
+        )
+
+    def place(self, new: Cache, at: Int[Array, " R"]) -> Cache:
+        """With row i of `new`, which has no more slots, in row at[i]; rows outside are left out."""
+
+        def put(x, y):
+            stacks = (slice(None),) * (x.ndim - 4) if x.ndim > 2 else ()
+            return x.at[(*stacks, at)].set(y, mode="drop")
+
+        return jax.tree.map(put, self, new.grow(self.positions.shape[1]))
 
 
 class Model(NamedTuple):
@@ -160,25 +197,22 @@ class Transformer(nn.Module):
         if c.remat != "none":
             # In one scan step of several layers XLA would merge what is computed again with what was there.
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=self.unroll > 1)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            length=c.n_layers,
-            unroll=self.unroll,
-        )(
-            c,
-            c.position,
-            self.attend,
-            c.init_std,
-            c.init_std / (2 * c.n_layers) ** 0.5,
-            self.deterministic,
-            self.mix,
-            name="blocks",
-        )
+        out_std = c.init_std / (2 * c.n_layers) ** 0.5
+        make = (c, c.position, self.attend, c.init_std, out_std, self.deterministic, self.mix)
         context = Context(where, position_weights, slots, kv_where)
-        (x, cache), routing = layers((x, cache), jnp.arange(c.n_layers), context)
+        each = None if self.is_initializing() else self.get_variable("params", "blocks")
+        if isinstance(each, tuple):
+            x, cache, routing = _one_by_one(block(*make, parent=None), each, x, cache, context)
+        else:
+            layers = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=c.n_layers,
+                unroll=self.unroll,
+            )(*make, name="blocks")
+            (x, cache), routing = layers((x, cache), jnp.arange(c.n_layers), context)
         x = self.constrain(Norm(c.norm, name="norm")(x), ROWS, None, None)
         if c.tie_head:
             head = Transposed(embed)
@@ -237,11 +271,14 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
             cache.positions.at[rows, slots].set(positions, mode="drop"),
             cache.segment_ids.at[rows, slots].set(1, mode="drop"),
         )
+        kv = cache.k, cache.v
+        if isinstance(params["blocks"], tuple):
+            kv = tuple(cache.k), tuple(cache.v)
         out, (k, v) = make(attend=over_cache).apply(
             {"params": params},
             tokens,
             Where(positions, valid.astype(jnp.int32)),
-            (cache.k, cache.v),
+            kv,
             slots,
             kv_where,
         )
@@ -250,13 +287,38 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
     def new_cache(batch_size: int, length: int) -> Cache:
         _check_length(config, length)
         a = config.attention
-        kv = jnp.zeros(
-            (config.n_layers, batch_size, length, a.kv_heads, a.width(config.d_model)), config.dtype
+        K, H = a.kv_heads, a.width(config.d_model)
+        k, v = (
+            jnp.zeros((config.n_layers, batch_size, K, *last), config.dtype)
+            for last in ((H, length), (length, H))
         )
         empty = jnp.zeros((batch_size, length), jnp.int32)
-        return Cache(kv, kv, empty, empty, jnp.zeros(batch_size, jnp.int32))
+        return Cache(k, v, empty, empty, jnp.zeros(batch_size, jnp.int32))
 
     return Model(init, apply, step, new_cache, config)
+
+
+def _one_by_one(block: Block, params: tuple, x, cache, context: Context):
+    """The layers of `unstacked` parameters. Returns what the scan over a stack does."""
+    routings, caches = [], []
+    for layer, of_layer in enumerate(params):
+        kv = None if cache is None else (cache[0][layer], cache[1][layer])
+        (x, kv), routing = block.apply({"params": of_layer}, (x, kv), jnp.int32(layer), context)
+        routings.append(routing)
+        caches.append(kv)
+    cache = None if cache is None else tuple(zip(*caches))
+    return x, cache, None if routings[0] is None else jnp.stack(routings)
+
+
+def unstacked(params: Any) -> Any:
+    """The parameters with a tuple of layers in place of stacks [L, ...]: `apply` and `step` take both.
+
+    Reading a layer out of a stack copies it on a CPU, a quarter of the time of decoding one row. Compiles L times as
+    long, so it is for decoding; the arrays are copies.
+    """
+    blocks = params["blocks"]
+    n_layers = len(jax.tree.leaves(blocks)[0])
+    return {**params, "blocks": tuple(jax.tree.map(lambda x: x[i], blocks) for i in range(n_layers))}
 
 
 def flops_per_token(config: TransformerConfig, seq_len: int) -> float:

@@ -116,7 +116,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache=None, layer=None):
-        """Returns (y [B, T, D], cache): the cache holds k and v [L, B, S, K, H] and comes back with new rows."""
+        """Returns (y [B, T, D], cache): the cache, k [B, K, H, S] and v [B, K, S, H] of this layer or of a stack of all
+        layers, comes back with the new tokens in their slots."""
         c = self.config
         B, T, D = x.shape
         H, N, K = c.width(D), c.n_heads, c.kv_heads
@@ -136,12 +137,11 @@ class Attention(nn.Module):
         q, k = self._either(layer, turn, q, k)
         kv_where = context.where
         if cache is not None:
-            rows = jnp.arange(B)[:, None]
-            cache = tuple(
-                stack.at[layer, rows, context.slots].set(new.astype(stack.dtype), mode="drop")
-                for stack, new in zip(cache, (k, v))
+            cache = self._written(cache, layer, context.slots, k, v)
+            kt, v = (stack if stack.ndim == 4 else stack[layer] for stack in cache)
+            k, v = (
+                y.astype(x.dtype).transpose(order) for y, order in ((kt, (0, 3, 1, 2)), (v, (0, 2, 1, 3)))
             )
-            k, v = (stack[layer].astype(x.dtype) for stack in cache)
             kv_where = context.kv_where
         bias = None
         if self.position.biased:
@@ -163,6 +163,15 @@ class Attention(nn.Module):
 
         y = self._either(layer, attend, q, k, v)
         return Linear(D, self.out_std, c.out_bias, name="o")(y.reshape(B, T, N * H)), cache
+
+    def _written(self, cache, layer, slots, k, v):
+        """Each lies as its product wants it, summed over H and over S: on a CPU a copy would cost more than the product."""
+        rows, every = jnp.arange(k.shape[0])[:, None], slice(None)
+        kt, vs = cache
+        of_layer = () if kt.ndim == 4 else (layer,)
+        kt = kt.at[(*of_layer, rows, every, every, slots)].set(k.astype(kt.dtype), mode="drop")
+        vs = vs.at[(*of_layer, rows, every, slots)].set(v.astype(vs.dtype), mode="drop")
+        return kt, vs
 
     def _either(self, layer, f, *args):
         """f(local, *args), with the config's Local in local layers and None in the others."""

@@ -49,15 +49,15 @@ def attention(
     S, K = k.shape[1:3]
     check_heads(N, K)
     scale = H**-0.5 if scale is None else scale
-    grouped = q.reshape(B, T, K, N // K, H)
-    scores = scale * jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    scores = scale * jnp.einsum("bkgth,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     scores = cap(scores, softcap)
     if bias is not None:
         scores = scores + bias(q_where.positions, k_where.positions).reshape(B, K, N // K, T, S)
     allowed = mask(q_where, k_where)[:, :, None]  # [B, 1, 1, T, S]
     weights = masked_softmax(scores, allowed).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, N, H).astype(q.dtype)
+    out = jnp.einsum("bkgts,bskh->bkgth", weights, v, preferred_element_type=jnp.float32)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q.dtype)
 
 
 def masked_softmax(scores: Float[Array, "*A S"], allowed) -> Float[Array, "*A S"]:

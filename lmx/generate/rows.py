@@ -1,0 +1,183 @@
+"""Rows under way: compiled programs that begin them from prompts, join them to others, and draw their tokens.
+
+    begin:    cache = prompts, right-padded;  t_0 ~ p(. | prompt)
+    join:     new rows take the places of rows that have ended
+    advance:  while rows go on:  cache += t_i;  t_{i+1} ~ p(. | prompt, t_0..t_i)
+
+Each is compiled once for each bucket of lengths: a batch whose rows come and go meets no new program.
+Axes: B rows, R new rows, P prompt tokens, M most tokens drawn, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lmx.generate.sampling import Sampling, choose
+from lmx.weights import leaf
+
+
+@leaf
+class Rows:
+    """`token` is the last of the n tokens that a row has drawn, not yet in its cache; keys are its random stream."""
+
+    cache: Any
+    keys: Array
+    token: Int[Array, " B"]
+    tokens: Int[Array, "B M"]
+    logprobs: Float[Array, "B M"]
+    n: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+
+
+class Decoder:
+    """A model's programs under one `Sampling`: `begin`, `join` and `advance` above, called with host values."""
+
+    def __init__(self, model, params, tokenizer, sampling: Sampling):
+        self.limit = model.config.position.max_len()
+        self._params, self._sampling = params, sampling
+        self._programs = _programs(model.step, model.new_cache)
+        settings = sampling.settings()
+        self._rule = {
+            "settings": settings,
+            "ends": np.array(tokenizer.end_ids or (-1,), np.int32),
+            "most": np.int32(sampling.max_tokens),
+            "top_k": sampling.top_k if "temperature" in settings else 0,
+            "n_words": min(model.config.vocab_size, tokenizer.vocab_size),
+        }
+
+    def slots(self, ids: Sequence[Sequence[int]]) -> int:
+        """Room in the cache for each of these prompts and its completion."""
+        return bucket(max(map(len, ids)) + self._sampling.max_tokens - 1, self.limit)
+
+    def begin(
+        self, ids: Sequence[Sequence[int]], streams: Sequence[int], slots: int | None = None, cache=None
+    ) -> Rows:
+        """Rows that have read their prompts and drawn one token.
+
+        Args:
+          streams: the number of each row's random stream.
+          slots: of the cache; None takes those the prompts need.
+          cache: what the rows have read before, which is used up; None is nothing.
+        """
+        lengths = np.array([len(row) for row in ids], np.int32)
+        prompts = np.full((len(ids), bucket(int(lengths.max()), self.limit)), ids[0][0], np.int32)
+        for b, row in enumerate(ids):
+            prompts[b, : len(row)] = row
+        return self._programs.begin(
+            self._params,
+            cache,
+            prompts,
+            lengths,
+            np.uint32(self._sampling.seed),
+            np.asarray(streams, np.uint32),
+            slots=prompts.shape[1] if slots is None else slots,
+            room=bucket(self._sampling.max_tokens, None),
+            **self._rule,
+        )
+
+    def join(self, rows: Rows, new: Rows, at: Sequence[int]) -> Rows:
+        """`rows`, used up, with new[i] in place at[i]; what goes outside is left out."""
+        return self._programs.join(rows, new, np.asarray(at, np.int32))
+
+    def advance(self, rows: Rows, idle: np.ndarray, budget: int, hurry: bool = False) -> Rows:
+        """`rows`, used up, with up to `budget` more tokens each; returns when all are done.
+
+        Args:
+          idle [B]: rows that nobody waits for.
+          hurry: return as soon as a row that is not idle is done.
+        """
+        return self._programs.advance(
+            self._params, rows, idle.copy(), np.int32(budget), np.bool_(hurry), **self._rule
+        )
+
+
+class _Programs(NamedTuple):
+    begin: Any
+    join: Any
+    advance: Any
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(step, new_cache) -> _Programs:
+    def draw(rows, logits, settings, ends, most, top_k, n_words):
+        words = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+        if n_words < logits.shape[-1]:
+            logits = jnp.where(words < n_words, logits, -jnp.inf)
+        keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.n)
+        token, logprob = choose(logits, keys, settings, top_k, rows.seen)
+        (B, M), live = rows.tokens.shape, ~rows.done
+        at = jnp.arange(B), jnp.where(live, rows.n, M)
+        n = rows.n + live
+        return replace(
+            rows,
+            token=token,
+            tokens=rows.tokens.at[at].set(token, mode="drop"),
+            logprobs=rows.logprobs.at[at].set(logprob, mode="drop"),
+            n=n,
+            done=rows.done | (token[:, None] == ends[None]).any(1) | (n >= most),
+            seen=None if rows.seen is None else rows.seen | (words == token[:, None]),
+        )
+
+    rule = ("top_k", "n_words")
+
+    @functools.partial(jax.jit, static_argnames=("slots", "room", *rule), donate_argnums=1)
+    def begin(params, cache, prompts, lengths, seed, streams, *, slots, room, **settings):
+        R, P = prompts.shape
+        valid = jnp.arange(P, dtype=jnp.int32)[None] < lengths[:, None]
+        out, cache = step(params, new_cache(R, slots) if cache is None else cache, prompts, valid)
+        last = out.hidden[jnp.arange(R), lengths - 1]
+        logits = replace(out, hidden=last[:, None]).logits[:, 0]
+        seen = None
+        if "repetition_penalty" in settings["settings"]:
+            seen = jnp.zeros(logits.shape, bool).at[jnp.arange(R)[:, None], prompts].max(valid)
+        rows = Rows(
+            cache=cache,
+            keys=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), streams),
+            token=jnp.zeros(R, jnp.int32),
+            tokens=jnp.zeros((R, room), jnp.int32),
+            logprobs=jnp.zeros((R, room), jnp.float32),
+            n=jnp.zeros(R, jnp.int32),
+            done=jnp.zeros(R, bool),
+            seen=seen,
+        )
+        return draw(rows, logits, **settings)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def join(rows, new, at):
+        def put(x, y):
+            return x.at[at].set(y, mode="drop")
+
+        rest = jax.tree.map(put, replace(rows, cache=None), replace(new, cache=None))
+        return replace(rest, cache=rows.cache.place(new.cache, at))
+
+    @functools.partial(jax.jit, static_argnames=rule, donate_argnums=1)
+    def advance(params, rows, idle, budget, hurry, **settings):
+        def more(carry):
+            k, rows = carry
+            ended = (rows.done & ~idle).any()
+            return (k < budget) & ~rows.done.all() & ~(hurry & ended)
+
+        def body(carry):
+            k, rows = carry
+            out, cache = step(params, rows.cache, rows.token[:, None], ~rows.done[:, None])
+            return k + 1, draw(replace(rows, cache=cache), out.logits[:, 0], **settings)
+
+        rows = replace(rows, done=rows.done | idle)
+        return jax.lax.while_loop(more, body, (jnp.int32(0), rows))[1]
+
+    return _Programs(begin, join, advance)
+
+
+def bucket(n: int, limit: int | None) -> int:
+    """The next power of two from 16 on, so that few programs are compiled; not above the positions."""
+    size = max(16, 1 << (n - 1).bit_length())
+    return size if limit is None else min(size, limit)
