@@ -170,9 +170,7 @@ def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -
         run = Run(model=found.config, data=Data(seq_len=min(found.context or 1024, 1024), clean=False))
         chat = pretrained.chat(found.beside(), folder)
         context = found.context or run.data.seq_len
-        return Trained(
-            run, build(found.config), pretrained.load(found), found.tokenizer(), chat, context
-        )
+        return Trained(run, build(found.config), pretrained.load(found), found.tokenizer(), chat, context)
     run = load(folder / "run.txt")
     model = build(run.model)
     shapes = jax.eval_shape(lambda key: chain(*run.start)(model.init(key), key), jax.random.key(0))

@@ -11,6 +11,7 @@ started with the first call, answers the following ones too, and has limits on t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import os
@@ -111,7 +112,9 @@ def _marked(messages: Messages, specials: Sequence[str], source: str) -> tuple[M
     cut = set()
     for match in found:
         if len(match[0]) == 1:
-            raise ValueError(f"a message spells the special token {match[0]!r}, which cannot be written otherwise")
+            raise ValueError(
+                f"a message spells the special token {match[0]!r}, which cannot be written otherwise"
+            )
         cut.add(match.start())
     if not cut:
         return messages, ""
@@ -147,9 +150,7 @@ def _with_texts(value: Any, texts: Iterator[str]) -> Any:
     if isinstance(value, str):
         return next(texts)
     if isinstance(value, Mapping):
-        return {
-            key: item if key in NOT_WRITTEN else _with_texts(item, texts) for key, item in value.items()
-        }
+        return {key: item if key in NOT_WRITTEN else _with_texts(item, texts) for key, item in value.items()}
     if isinstance(value, Sequence):
         return [_with_texts(item, texts) for item in value]
     return value
@@ -239,10 +240,8 @@ class _Process:
         process.kill()
         status = process.wait()
         process.stdout.close()
-        try:
+        with contextlib.suppress(BrokenPipeError):  # of what was not read
             process.stdin.close()
-        except BrokenPipeError:
-            pass
         return status
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """A process that renders chat templates, one JSON line in, one out. chat_template.py starts it and reads its answers.
 
-    {"source": "{{ messages[0].content }}", "names": {"messages": [...]}, "most": 100, "seconds": 5}  ->  {"text": "..."}
-                                                                                                    {"kind": "syntax", ...}
+    {"source": "{{ messages[0].content }}", "names": {"messages": [...]}, "most": 100, "seconds": 5}
+    {"text": "..."}, or {"kind": "syntax", "line": 1, "message": "..."}
 
 A template comes with a model from anywhere, and Jinja's sandbox bounds neither time nor memory; this process has
 bounds on both, holds nothing worth reading, and ends when its standard input does.
@@ -101,11 +101,19 @@ def answer(source, names, most):
     except Exception as error:
         kinds = {"TemplateSyntaxError": "syntax", "TemplateAssertionError": "syntax", "Refused": "refused"}
         kind = kinds.get(type(error).__name__, "other")
-        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+        at = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == "<template>"
+        ]
         message = str(error)[:TOLD] or type(error).__name__
         if not type(error).__module__.startswith("jinja2") and kind == "other":
             message = f"{type(error).__name__}: {message}"
-        return {"kind": kind, "line": getattr(error, "lineno", None) or (at or [None])[-1], "message": message}
+        return {
+            "kind": kind,
+            "line": getattr(error, "lineno", None) or (at or [None])[-1],
+            "message": message,
+        }
 
 
 def confine():

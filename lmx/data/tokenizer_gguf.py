@@ -65,7 +65,9 @@ def tokenizer_of(metadata: Mapping[str, Any], name: str) -> Tokenizer:
 
 def begins(metadata: Mapping[str, Any]) -> bool:
     """Whether texts begin with <bos>; where the file does not say, its kind does."""
-    usual = metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    usual = (
+        metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    )
     return bool(metadata.get("tokenizer.ggml.add_bos_token", usual))
 
 

@@ -41,11 +41,11 @@ _BYTE_PIECE = regex.compile(r"<0x[0-9A-F]{2}>")
 class Tokenizer:
     """A trained tokenizer.
 
-    kind: "byte", "char", "grapheme", "word", "bpe", "unigram" or "wordpiece", read off the file.
-    vocab_size: the largest id + 1, the rows an embedding needs.
-    lossless: decode(encode(text)) is text for every text; false where it is normalised or words go unknown.
-    hash: sha256 of the tokenizer's content, the same for the same ids.
-  XX    """
+      kind: "byte", "char", "grapheme", "word", "bpe", "unigram" or "wordpiece", read off the file.
+      vocab_size: the largest id + 1, the rows an embedding needs.
+      lossless: decode(encode(text)) is text for every text; false where it is normalised or words go unknown.
+      hash: sha256 of the tokenizer's content, the same for the same ids.
+    XX"""
 
     def __init__(
         self,
