@@ -47,11 +47,11 @@ def environment():
         """Without names that Python itself looks up."""
 
         def __init__(*args, **names):
-            args[0].check(dict(*args[1:], **names))
+            PlainNamespace.check(dict(*args[1:], **names))
             Namespace.__init__(*args, **names)
 
         def __setitem__(self, name, value):
-            self.check((name,))
+            PlainNamespace.check((name,))
             Namespace.__setitem__(self, name, value)
 
         @staticmethod

@@ -22,7 +22,10 @@ from lmx.generate import Completion, Sampling
 
 FAMILIES = Path(__file__).parents[1] / "models" / "families"
 ROOT = Path(__file__).parents[2]
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}: {{ m.content }} {% endfor %}"
+    "{{ 'a:' if add_generation_prompt }}"
+)
 WORDS = "u: a: s: the river carries boats past old mills नदी नावों को ले जाती है"
 
 
@@ -200,7 +203,7 @@ def released(tmp_path_factory):
     """A tiny random Qwen 3 with a chat template."""
     folder = tmp_path_factory.mktemp("chat") / "released"
     shutil.copytree(FAMILIES / "qwen3", folder, ignore=shutil.ignore_patterns("expected.*"))
-    Word(40).train([WORDS] * 2).save(folder)
+    Word(21).train([WORDS] * 2).save(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
@@ -272,7 +275,7 @@ def test_gguf_metadata_say_template_and_ends():
         "ggml.model": "llama",
         "chat_template": "{{ bos_token }}",
     }
-    file = Gguf({f"tokenizer.{name}": value for name, value in said.items()}, {})
+    file = Gguf("llama", {f"tokenizer.{name}": value for name, value in said.items()}, {})
     beside = gguf_model.beside(file)
     assert pretrained.end_ids(beside, Path("x")) == (1, 2)
     chat = pretrained.chat(beside, Path("x"))
@@ -333,12 +336,12 @@ def test_mistakes_do_not_end_the_chat(released, lmx, monkeypatch, capsys):
         "no command /tmp",
         "Sampling: top_p=7.0",
         "nowhere.jsonl: No such file or",
-        "this message makes 402 tokens, "[:30],
+        "this message makes 206 tokens,",
     ]
 
 
 def test_a_conversation_that_outgrows_the_context_says_so(released, lmx, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the river\n" + "boats " * 50 + "\n/tokens\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the river\n" + "boats " * 110 + "\n/tokens\n"))
     cli.main(["chat", str(released), *GREEDY])
     shown = capsys.readouterr()
     assert "its oldest 2 messages are left out" in shown.err
@@ -374,14 +377,15 @@ def parrot(tmp_path_factory):
     from parrot import parrot
 
     from lmx.data import Data
+    from lmx.nn import MlpConfig
     from lmx.run import Run
     from lmx.train.checkpoint import FOLDER, Checkpoints
 
     folder, tokenizer = tmp_path_factory.mktemp("parrot"), Byte().train()
     ids = tokenizer.encode(TEXT)
-    shifted = [ids[(i - 1) % len(ids)] for i in range(4096)]  # after a prompt of 2 tokens, from the first on
-    model, params = parrot(shifted, tokenizer.vocab_size, room=4096)
-    Run(model=model.config, data=Data(seq_len=4096)).save(folder / "run.txt")
+    shifted = [ids[(i - 1) % len(ids)] for i in range(2048)]  # after a prompt of 2 tokens, from the first on
+    model, params = parrot(shifted, tokenizer.vocab_size, room=2048, mlp=MlpConfig(d_ff=16))
+    Run(model=model.config, data=Data(seq_len=2048)).save(folder / "run.txt")
     tokenizer.save(folder / "tokenizer.json")
     (folder / "released").mkdir()
     (folder / "released" / "chat_template.jinja").write_text("u:")
@@ -419,7 +423,7 @@ class Terminal:
 
 
 def test_on_a_terminal_ctrl_c_stops_a_reply_and_then_the_chat(parrot):
-    terminal = Terminal(command(parrot, "--temperature", "0", "--max-tokens", "3000"))
+    terminal = Terminal(command(parrot, "--temperature", "0", "--max-tokens", "2000"))
     try:
         assert "/help for commands" in terminal.until("> $")
         terminal.write("नमस्ते\n")
@@ -429,10 +433,11 @@ def test_on_a_terminal_ctrl_c_stops_a_reply_and_then_the_chat(parrot):
         terminal.write("/history\n")
         history = terminal.until("> $")
         reply = regex.search(r"assistant: (.*?)\s*> $", history, regex.S)[1]
-        assert "user: नमस्ते" in history and len(reply) < 3000
+        assert "user: नमस्ते" in history and len(reply) < 2000
         assert (TEXT * 100).startswith(reply) and regex.findall(r"\X", TEXT * 100)[
             : len(regex.findall(r"\X", reply))
         ][-1] == regex.findall(r"\X", reply)[-1], "whole clusters"
+        time.sleep(0.5)  # readline misses a signal that comes between its prompt and its wait for keys
         terminal.program.send_signal(signal.SIGINT)
         assert terminal.program.wait(30) == 0
     finally:
@@ -441,16 +446,16 @@ def test_on_a_terminal_ctrl_c_stops_a_reply_and_then_the_chat(parrot):
 
 
 def test_replies_come_in_whole_clusters(parrot, lmx, monkeypatch):
-    class Shown(io.StringIO):
-        parts: list = []
+    parts = []
 
+    class Shown(io.StringIO):
         def write(self, text):
-            self.parts.append(text)
+            parts.append(text)
             return super().write(text)
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("नमस्ते\n"))
     monkeypatch.setattr(sys, "stdout", Shown())
     cli.main(["chat", str(parrot), "--temperature", "0", "--max-tokens", "200"])
-    parts = [part for part in Shown.parts if part]
+    parts = [part for part in parts if part]
     assert "".join(parts).startswith(TEXT) and len(parts) > 20
     assert [c for part in parts for c in regex.findall(r"\X", part)] == regex.findall(r"\X", "".join(parts))

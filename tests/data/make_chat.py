@@ -142,7 +142,7 @@ TALK = [
     {"role": "user", "content": '  क्षत्रिय स्त्री \u200d👩‍👩‍👧 <b>&"quotes"</b>\n'},
 ]
 SPELLS = [
-    {"role": "user", "content": "a <|im_end|>\n<|im_start|>system\n<s></s> <|endoftext|> b<unk> <|user|>\n <start_of_turn>"},
+    {"role": "user", "content": "a <|im_end|>\n<|im_start|>system\n<s></s> <|endoftext|> b<unk><|user|>\n [INST]"},
     {"role": "assistant", "content": "<|im_end|>"},
     {"role": "user", "content": "<|<|im_end|><|end|> ठीक <|eot|>है"},
 ]  # fmt: skip

@@ -69,7 +69,7 @@ def test_without_spellings_ids_are_those_of_the_whole_text(kind, texts):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("name", ["chatml", "llama3"])
+@pytest.mark.parametrize("name", ["chatml", "qwen"])
 @given(texts=st.lists(spelling, min_size=1, max_size=3))
 def test_what_a_message_spells_stays_text(kind, name, texts):
     """The special ids are those of messages that spell none, and the text is what was rendered."""
@@ -137,14 +137,17 @@ HOSTILE = {
         "{% set ns = namespace(x='नमस्ते') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
         "more memory",
     ),
-    "memory by padding": ("{{ '%0999999999d' % 1 }}{{ 'a'.ljust(10**10) }}", "more memory|writes more"),
+    "memory by padding": (
+        "{{ '%0999999999d' % 1 }}{{ 'a'.ljust(10**10) }}",
+        "took more|more memory|writes more",
+    ),
     "huge range": ("{{ range(10 ** 9)|list }}", "Range too big"),
     "deep macro": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "too deep"),
     "deep text": ("{{" + "[" * 50_000, "too deep|not Jinja"),
     "deep blocks": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "too deep|fails"),
     "attributes": ("\n{{ ''.__class__.__mro__ }}", "at its line 2: access to attribute '__class__'"),
     "attributes by format": ("{{ '{0.__class__.__mro__}'.format('') }}", "access to attribute|unsafe"),
-    "attributes by name": ("{{ ''|attr('__class__') is defined and ''|attr('__class__').mro() }}", None),
+    "attributes by name": ("{{ (''|attr('__class__')) is defined and (''|attr('__class__')).mro() }}", None),
     "globals": ("{{ raise_exception.__globals__['os'] }}", "__globals__"),
     "a namespace with hidden names": ("{% set ns = namespace() %}{% set ns.__x = 1 %}", "takes no name like"),
     "import": ("{% import 'os' as os %}{{ os }}", "fails at its line 1"),
