@@ -400,9 +400,11 @@ class Terminal:
 
     def __init__(self, argv):
         self.master, terminal = pty.openpty()
-        self.program = subprocess.Popen(
-            argv, stdin=terminal, stdout=terminal, stderr=terminal, env=environment(), start_new_session=True
-        )
+        listen = {
+            "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        }  # also below a background job
+        ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+        self.program = subprocess.Popen(argv, env=environment(), start_new_session=True, **ends, **listen)
         os.close(terminal)
         self.shown = ""
 

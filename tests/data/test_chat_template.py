@@ -207,10 +207,13 @@ def test_many_threads_and_a_killed_process_are_served():
 
 
 def test_ctrl_c_while_it_renders_leaves_no_answer_for_the_next():
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a background job is born to ignore
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         ChatTemplate(HOSTILE["endless loop"][0]).render(HELLO)
+    signal.signal(signal.SIGINT, before)
     assert ChatTemplate("{{ messages[0].content }}").render(HELLO) == "नमस्ते"
 
 
