@@ -1,6 +1,6 @@
 """Talks with a model that was trained to converse, in its own format.
 
-  lmx chat SmolLM2-135M-Instruct.gguf                    a released model: GGUF, Hugging Face folder, or a run made of it
+  lmx chat SmolLM2-135M-Instruct.gguf                    a released model: GGUF or Hugging Face folder, or a run of it
   lmx chat MODEL --system "You answer in Hindi." --temperature 0.3 --max-tokens 200
   lmx chat RUN --template chat_template.jinja            a model that came without a chat template, or another one
   printf 'नमस्ते\\n/retry\\n' | lmx chat MODEL             lines from standard input; replies on standard output

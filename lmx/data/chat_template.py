@@ -119,7 +119,11 @@ def _marked(messages: Messages, specials: Sequence[str], source: str) -> tuple[M
     if not cut:
         return messages, ""
     used = {*whole, *source}
-    mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in used)
+    mark = next((char for char in map(chr, range(0xE000, 0xF900)) if char not in used), None)
+    if mark is None:
+        raise ValueError(
+            "the messages spell a special token, and hold every private-use character; leave some out"
+        )
     starts = list(accumulate(map(len, texts), initial=0))
     parts = iter(
         "".join(char + mark if start + i in cut else char for i, char in enumerate(text))
