@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lmx import values
-from lmx.data import Data
-from lmx.data.tokenizer import Tokenizer
+from lmx.data import ChatTemplate, Data, Tokenizer
 from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
 from lmx.models import Model, TransformerConfig, build, pretrained
@@ -144,12 +143,17 @@ def _in_shares(value: Any, steps: int) -> Any:
 
 
 class Trained(NamedTuple):
-    """A trained model at hand: `model.apply(params, {"tokens": ...})`, and text through its tokenizer."""
+    """A trained model at hand: `model.apply(params, {"tokens": ...})`, and text through its tokenizer.
+
+    chat: the template of its conversations, which released models have. context: tokens it was made to read at once.
+    """
 
     run: Run
     model: Model
     params: Any
     tokenizer: Tokenizer
+    chat: ChatTemplate | None
+    context: int
 
 
 def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -> Trained:
@@ -164,12 +168,18 @@ def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -
     if pretrained.is_released(folder):
         found = pretrained.find(folder)
         run = Run(model=found.config, data=Data(seq_len=min(found.context or 1024, 1024), clean=False))
-        return Trained(run, build(found.config), pretrained.load(found), found.tokenizer())
+        chat = pretrained.chat(found.beside(), folder)
+        context = found.context or run.data.seq_len
+        return Trained(run, build(found.config), pretrained.load(found), found.tokenizer(), chat, context)
     run = load(folder / "run.txt")
     model = build(run.model)
     shapes = jax.eval_shape(lambda key: chain(*run.start)(model.init(key), key), jax.random.key(0))
     params = jax.tree.map(jnp.asarray, load_params(folder, shapes, step, ema))
-    return Trained(run, model, params, Tokenizer.load(folder / "tokenizer.json"))
+    kept = folder / pretrained.KEPT
+    beside = pretrained.beside(kept)
+    tokenizer = Tokenizer.load(folder).ending_with(pretrained.end_ids(beside, kept))
+    context = pretrained.context(beside, kept) or run.data.seq_len
+    return Trained(run, model, params, tokenizer, pretrained.chat(beside, kept), context)
 
 
 @dataclass(frozen=True)

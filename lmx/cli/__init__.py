@@ -6,6 +6,7 @@
   lmx sweep FILE --seeds 3                           variants x seeds, a table and a plot with intervals
   lmx eval RUN TEXT                                  perplexity per token, word and byte, with intervals
   lmx generate RUN "Once upon"                       text from a model
+  lmx chat MODEL                                     a conversation with a model that was trained for it
   lmx tokenizer compare TEXT                         which tokenizer, which vocabulary size
   lmx plan FILE --topology v5e:4x4                   memory and FLOPs on a TPU that is not here
   lmx report RUN                                     one HTML page about a run or a sweep
@@ -39,6 +40,7 @@ VERBS = (
     "sweep",
     "eval",
     "generate",
+    "chat",
     "tokenizer",
     "plan",
     "report",
@@ -92,7 +94,7 @@ def _dispatch(argv: list[str]) -> None:
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if os.environ.get("LMX_TRACE") or _is_bug(error):
             raise
-        fail(f"{verb}: {_sentence(error)}")
+        fail(f"{verb}: {sentence(error)}")
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -196,19 +198,20 @@ def source_of(name: str):
     return values.parse(name, Source, name) if re.match(r"[A-Z]\w*\(", name) else source(name)
 
 
-def _is_bug(error: Exception) -> bool:
-    """Whether it tells of our own code rather than of what it was given; so do jax's "not implemented" errors."""
-    own_import = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lmx"
-    return own_import or isinstance(error, NotImplementedError | RecursionError)
-
-
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """What a user is told of an error that their input caused."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED.* memory", text):
         return f"no memory left ({text}); make data.seq_len, data.batch_size or the model smaller"
     return text
+
+
+def _is_bug(error: Exception) -> bool:
+    """Whether it tells of our own code rather than of what it was given; so do jax's "not implemented" errors."""
+    own_import = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "lmx"
+    return own_import or isinstance(error, NotImplementedError | RecursionError)
 
 
 @contextmanager

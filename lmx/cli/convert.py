@@ -21,9 +21,6 @@ import tyro
 
 from lmx import cli
 
-KEPT = "released"
-"""The subfolder of a run that keeps what came beside the weights."""
-
 
 @dataclass(frozen=True)
 class Options:
@@ -65,7 +62,7 @@ def _adopt(source: Path, out: Path) -> None:
     data = Data(tokenizer=File(str(out)), seq_len=length, clean=False)  # released models read text as it is
     Run(model=found.config, data=data).save(out / "run.txt")
     tokenizer.save(out)
-    kept = out / KEPT
+    kept = out / pretrained.KEPT
     kept.mkdir()
     for name, text in found.beside().items():
         (kept / name).write_text(text, encoding="utf-8")
@@ -79,7 +76,7 @@ def _release(asked: Options):
     from lmx.run import trained
 
     model = trained(asked.source, cli.step_of(asked.source, asked.step), asked.ema)
-    kept = asked.source / KEPT
+    kept = asked.source / pretrained.KEPT
     if (kept / "config.json").exists():
         like, context = json.loads((kept / "config.json").read_text("utf-8")), None
     else:

@@ -4,6 +4,7 @@ lmx generate runs/shakespeare_char/base "KING."
 lmx generate RUN "भारत के " --temperature 0.7 --top-p 0.95 --max-tokens 200
 lmx generate RUN "To be" --samples 4 --seed 1 --stop "." --step best
 lmx generate SmolLM2-135M-Instruct.gguf "The capital of India is"       a released model, GGUF or Hugging Face folder
+lmx generate MODEL "What is a tokenizer?" --chat       a question, in the format the model was trained to converse in
 lmx generate RUN --file prompts.txt --save            a prompt a line, as a batch; kept in RUN/samples.jsonl
 echo "Once upon" | lmx generate RUN - --json          the prompt from standard input; a JSON object a line
 """
@@ -32,6 +33,12 @@ class Options:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(temperature=0.8)
     file: Path | None = None
     """A file with a prompt a line."""
+    chat: bool = False
+    """Each prompt is a user's message, and a reply is written: the model's chat template is put around it."""
+    system: str | None = None
+    """With --chat: what the model is told before everything."""
+    template: Path | None = None
+    """With --chat: a file with a chat template (Jinja), instead of the model's own."""
     samples: int = 1
     """Completions of each prompt."""
     batch_size: int = 16
@@ -50,11 +57,14 @@ class Options:
 
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "generate")
+    from lmx.cli.chat import messages_to_ids
     from lmx.run import experiment, trained
     from lmx.text.normalize import normalize, strip_controls
 
     if asked.samples < 1 or asked.batch_size < 1:
         raise ValueError(f"--samples {asked.samples} --batch-size {asked.batch_size}: give at least 1")
+    if not asked.chat and (asked.system is not None or asked.template is not None):
+        raise ValueError("--system and --template say how a message is put to the model; add --chat")
     prompts = [prompt for prompt in _prompts(asked) for _ in range(asked.samples)]
     if asked.source is not None:
         experiment(asked.source)
@@ -63,7 +73,12 @@ def main(argv: list[str]) -> None:
     if model.run.data.clean:  # as the text it was trained on
         prompts = [strip_controls(normalize(prompt)) for prompt in prompts]
     written = []
-    for prompt, completion in _written(model, prompts, asked):
+    read = prompts
+    if asked.chat:
+        ids = messages_to_ids(model, asked.run, asked.template)
+        system = [] if asked.system is None else [{"role": "system", "content": asked.system}]
+        read = [ids([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
+    for prompt, completion in _written(model, prompts, read, asked):
         written.append({"prompt": prompt, "text": completion.text, "reason": completion.reason})
         if asked.json:
             print(json.dumps({**written[-1], "tokens": completion.tokens}, ensure_ascii=False), flush=True)
@@ -90,14 +105,14 @@ def _prompts(asked: Options) -> list[str]:
     return prompts or [""]
 
 
-def _written(model, prompts: list[str], asked: Options) -> Iterator[tuple[str, Completion]]:
-    """Each prompt and its completion; prints them unless JSON was asked for."""
+def _written(model, prompts: list[str], read: list, asked: Options) -> Iterator[tuple[str, Completion]]:
+    """Each prompt and its completion; prints them unless JSON was asked for. read: what the model reads of each."""
     from lmx.generate import generate, stream
 
     parts = model.model, model.params, model.tokenizer
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True) if not asked.json else None
-        pieces = stream(*parts, prompts[0], asked.sampling)
+        print(prompts[0], end="", flush=True) if not (asked.json or asked.chat) else None
+        pieces = stream(*parts, read[0], asked.sampling)
         while True:
             try:
                 piece = next(pieces)
@@ -107,10 +122,11 @@ def _written(model, prompts: list[str], asked: Options) -> Iterator[tuple[str, C
                 return
             print(piece, end="", flush=True) if not asked.json else None
     for start in range(0, len(prompts), asked.batch_size):
-        some = prompts[start : start + asked.batch_size]
+        some = read[start : start + asked.batch_size]
         rows = range(start, start + len(some))
-        for row, prompt, completion in zip(rows, some, generate(*parts, some, asked.sampling, rows=rows)):
+        for row, completion in zip(rows, generate(*parts, some, asked.sampling, rows=rows)):
+            prompt = prompts[row]
             if not asked.json:
                 print(f"── {row + 1} of {len(prompts)}, ended by {completion.reason}")
-                print(f"{prompt}{completion.text}\n", flush=True)
+                print(prompt, completion.text, sep="\n" if asked.chat else "", end="\n\n", flush=True)
             yield prompt, completion

@@ -2,6 +2,7 @@
 n)."""
 
 from .batches import Batches, ahead, iterate
+from .chat_template import ChatTemplate
 from .prepare import Data, Prepared, prepare
 from .sources import Documents, Jsonl, Parquet, Source, Text, Tfds, source
 from .store import TokenStore
@@ -16,6 +17,7 @@ __all__ = [
     "Bpe",
     "Byte",
     "Char",
+    "ChatTemplate",
     "Clean",
     "Data",
     "Documents",

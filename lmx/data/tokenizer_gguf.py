@@ -9,7 +9,7 @@ Source: ggml, docs/gguf.md, "Tokenizer"; llama.cpp, src/llama-vocab.cpp, for wha
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -54,8 +54,8 @@ def tokenizer_of(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         for i, token in enumerate(tokens)
         if types[i] in (CONTROL, USER) or (types[i] == UNKNOWN and kind == "llama")
     ]
-    roles = {role: _token(metadata, tokens, role) for role in ("bos", "eos", "unknown", "padding")}
-    if not metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _begins(metadata)):
+    roles = {role: token_of(metadata, tokens, role) for role in ("bos", "eos", "unknown", "padding")}
+    if not begins(metadata):
         roles["bos"] = None
     named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     with told(f"{name}: no tokenizer that tokenizers {tokenizers.__version__} knows", "fetch the file again"):
@@ -63,9 +63,12 @@ def tokenizer_of(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     return Tokenizer(rust, {named[role]: token for role, token in roles.items()}, name)
 
 
-def _begins(metadata: Mapping[str, Any]) -> bool:
-    """Whether texts begin with <bos> where the file does not say."""
-    return metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+def begins(metadata: Mapping[str, Any]) -> bool:
+    """Whether texts begin with <bos>; where the file does not say, its kind does."""
+    usual = (
+        metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    )
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", usual))
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], name: str) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], name: str) ->
             "type": "BPE",
             "vocab": vocab,
             "merges": _merges(vocab, scores),
-            "unk_token": _token(metadata, tokens, "unknown"),
+            "unk_token": token_of(metadata, tokens, "unknown"),
             "fuse_unk": True,
             "byte_fallback": True,
         },
@@ -141,7 +144,8 @@ def _ids(tokens: list[str], name: str) -> dict[str, int]:
     return ids
 
 
-def _token(metadata: Mapping[str, Any], tokens: list[str], role: str) -> str | None:
+def token_of(metadata: Mapping[str, Any], tokens: Sequence[str], role: str) -> str | None:
+    """The token of a role, by the role's name in the metadata: bos, eos, unknown or padding."""
     i = metadata.get(f"tokenizer.ggml.{role}_token_id")
     return tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None
 

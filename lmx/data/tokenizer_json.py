@@ -12,6 +12,8 @@ UTF-8 bytes of every id, so that a stream can put characters together itself.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import os
@@ -39,13 +41,11 @@ _BYTE_PIECE = regex.compile(r"<0x[0-9A-F]{2}>")
 class Tokenizer:
     """A trained tokenizer.
 
-    kind: "byte", "char", "grapheme", "word", "bpe", "unigram" or "wordpiece", read off the file.
-    vocab_size: the largest id + 1, the rows an embedding needs.
-    lossless: decode(encode(text)) is text for every text; false where it is normalised or words go unknown.
-    hash: sha256 of the tokenizer's content, the same for the same ids.
-    bos_id, eos_id, unk_id: None where the file has no such token. pad_id: 0 where it has none; padding is
-      masked, so any id serves.
-    """
+      kind: "byte", "char", "grapheme", "word", "bpe", "unigram" or "wordpiece", read off the file.
+      vocab_size: the largest id + 1, the rows an embedding needs.
+      lossless: decode(encode(text)) is text for every text; false where it is normalised or words go unknown.
+      hash: sha256 of the tokenizer's content, the same for the same ids.
+    XX"""
 
     def __init__(
         self,
@@ -80,7 +80,9 @@ class Tokenizer:
             self._id_of(role) for role in ("bos_token", "eos_token", "unk_token")
         )
         self.pad_id = self._id_of("pad_token") or 0
+        self._ends: tuple[int, ...] = ()
         special = {token["id"]: token["content"] for token in layout["added_tokens"] if token["special"]}
+        self.specials = tuple(special.values())
         special.pop(self.unk_id, None)
         self._special = special
         self._bytes = _token_bytes(layout, vocab, self.vocab_size, special)
@@ -142,9 +144,23 @@ class Tokenizer:
         _write(path, self._rust.to_str(pretty=True))
         return path
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of the text, without bos or eos. What looks like a special token is spelled as text."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, specials: bool = False, begins: bool = True) -> list[int]:
+        """The ids of the text, without bos or eos. What looks like a special token is spelled as text.
+
+        Args:
+          specials: a special token's name is that token, as in a text that a chat template wrote. begins: the text
+            is a beginning; no space is put before one that goes on, as some tokenizers put before every text.
+        """
+        if not specials:
+            return self.encode_batch([text])[0]
+        with told(f"{self._name} cannot encode this text", _OTHER):
+            _utf8(text)
+            ids = self._with_specials.encode(text, add_special_tokens=False).ids
+            if begins:
+                return ids
+            line = self._with_specials.encode("\n", add_special_tokens=False).ids
+            after = self._with_specials.encode("\n" + text, add_special_tokens=False).ids
+        return after[len(line) :] if after[: len(line)] == line else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, encoded in parallel.
@@ -207,7 +223,26 @@ class Tokenizer:
 
     def without(self, role: str) -> Tokenizer:
         """The same tokenizer with no token in a role, such as "bos_token" for models that begin without one."""
-        return Tokenizer(self._rust, self.roles | {role: None}, self._name)
+        return Tokenizer(self._rust, self.roles | {role: None}, self._name).ending_with(self._ends)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text or a reply: the eos, unless `ending_with` named others."""
+        return self._ends or (() if self.eos_id is None else (self.eos_id,))
+
+    def ending_with(self, ids: Iterable[int]) -> Tokenizer:
+        """The same tokenizer for a model whose replies end with any of these ids; those that it has not are left out,
+        and none at all means its eos."""
+        other = copy.copy(self)
+        other._ends = tuple(dict.fromkeys(i for i in ids if 0 <= i < self.vocab_size))
+        return other
+
+    @functools.cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        """A copy that finds special tokens in a text: a setting of the library's, which threads would share."""
+        rust = tokenizers.Tokenizer.from_str(self._rust.to_str())
+        rust.encode_special_tokens = False
+        return rust
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from lmx.data import Tokenizer
+from lmx.data import ChatTemplate, Tokenizer
 from lmx.formats import Tensor, gguf, safetensors
 from lmx.formats.gguf import Gguf
 from lmx.mesh import shardings
@@ -37,6 +37,8 @@ BESIDE = (
     "special_tokens_map.json",
     "tokenizer.json",
 )
+KEPT = "released"
+"""The subfolder of a run that keeps what came beside the weights of the model it was made from."""
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Tensors that older files hold beside the weights: masks and frequencies, which a model computes itself."""
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
@@ -58,7 +60,7 @@ class Pretrained:
     @property
     def context(self) -> int | None:
         """Tokens it was trained to read at once, where its files say so."""
-        return self.fields.get("max_position_embeddings") or self.fields.get("n_positions")
+        return _context(self.fields)
 
     def files(self) -> list[Path]:
         """The files that hold the weights."""
@@ -68,28 +70,77 @@ class Pretrained:
         """Name -> text of what came beside weights and tokenizer, as a Hugging Face folder names it: the config, the
         chat template, how to generate."""
         if self.gguf:
-            template = gguf_model.chat_template(self.gguf)
-            found = {"config.json": json.dumps(self.fields, indent=2, ensure_ascii=False)}
-            return found | ({} if template is None else {"chat_template.jinja": template})
-        kept = (path for path in map(self.path.joinpath, BESIDE) if path.is_file())
-        return {path.name: path.read_text(encoding="utf-8") for path in kept}
+            config = json.dumps(self.fields, indent=2, ensure_ascii=False)
+            return {"config.json": config} | gguf_model.beside(self.gguf)
+        return beside(self.path)
 
     def tokenizer(self) -> Tokenizer:
-        """With a bos token only if the model's texts begin with it.
+        """With a bos token only if the model's texts begin with it; `end_ids` are those that end its replies.
 
         Raises: FileNotFoundError if there is none; ValueError if it is damaged.
         """
         if self.gguf:
-            return gguf_model.tokenizer(self.gguf)
-        found = Tokenizer.load(self.path)
-        says = self.path / "tokenizer_config.json"
-        config = read_object(says) if says.exists() else {}
-        return found if config.get("add_bos_token", found.begins) else found.without("bos_token")
+            found = gguf_model.tokenizer(self.gguf)
+        else:
+            found = Tokenizer.load(self.path)
+            says = self.path / "tokenizer_config.json"
+            config = read_object(says) if says.exists() else {}
+            found = found if config.get("add_bos_token", found.begins) else found.without("bos_token")
+        return found.ending_with(end_ids(self.beside(), self.path))
 
 
 def is_released(path: Path) -> bool:
     """Whether a path is a GGUF file or a folder with a config.json and no run in it."""
     return path.suffix == ".gguf" or ((path / "config.json").exists() and not (path / "run.txt").exists())
+
+
+def beside(folder: Path) -> dict[str, str]:
+    """Name -> text of those of the files in BESIDE that a folder has."""
+    kept = (path for path in map(folder.joinpath, BESIDE) if path.is_file())
+    return {path.name: path.read_text(encoding="utf-8") for path in kept}
+
+
+def chat(beside: Mapping[str, str], where: Path) -> ChatTemplate | None:
+    """The chat template among what came beside a model; None if there is none, or none that is the default.
+
+    Raises: ValueError for a file that is damaged, or a template that is no text.
+    """
+    config = _object(beside, "tokenizer_config.json", where)
+    name, source = "chat_template.jinja", beside.get("chat_template.jinja")
+    if source is None:
+        name, source = "tokenizer_config.json", config.get("chat_template")
+    if isinstance(source, list):
+        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise ValueError(f"{where / name}: chat_template is {source!r:.99}, not a text")
+    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+    tokens = {key: x.get("content") if isinstance(x, dict) else x for key, x in tokens.items()}
+    specials = {key: token for key, token in tokens.items() if isinstance(token, str)}
+    return ChatTemplate(source, specials, f"the chat template {where / name}")
+
+
+def end_ids(beside: Mapping[str, str], where: Path) -> tuple[int, ...]:
+    """The ids that end a reply, as what came beside a model says: eos_token_id of generation_config.json, else of
+    config.json.
+
+    Raises: ValueError for a file that is damaged, or an eos_token_id that is neither an id nor a list of ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        found = _object(beside, name, where).get("eos_token_id")
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(i) is int for i in ids):
+                raise ValueError(f"{where / name}: eos_token_id={found!r:.99}; use an id or a list of ids")
+            return tuple(ids)
+    return ()
+
+
+def context(beside: Mapping[str, str], where: Path) -> int | None:
+    """Tokens that the model was trained to read at once, where the config.json beside it says so."""
+    return _context(_object(beside, "config.json", where))
 
 
 def find(path: str | Path) -> Pretrained:
@@ -203,6 +254,10 @@ def _meaning(config: TransformerConfig) -> dict[str, Any]:
     return {f.name: getattr(settled, f.name) for f in fields(settled) if f.name not in free}
 
 
+def _context(fields: Mapping[str, Any]) -> int | None:
+    return fields.get("max_position_embeddings") or fields.get("n_positions")
+
+
 def _config_json(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such model; give a folder with config.json, or a .gguf file")
@@ -215,11 +270,19 @@ def _config_json(path: Path) -> dict[str, Any]:
 def read_object(file: Path) -> dict[str, Any]:
     """A file's JSON object. Raises: ValueError if it holds something else."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return _object({file.name: file.read_text(encoding="utf-8")}, file.name, file.parent)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a JSON object ({error!s:.200})") from None
+
+
+def _object(files: Mapping[str, str], name: str, where: Path) -> dict[str, Any]:
+    """The JSON object of one of the files, by name -> text; {} if it is not there."""
+    try:
+        found = json.loads(files.get(name, "{}"))
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not a JSON object ({error!s:.200})") from None
+        raise ValueError(f"{where / name}: not a JSON object ({error!s:.200})") from None
     return found
 
 

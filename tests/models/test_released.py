@@ -19,6 +19,10 @@ from lmx.generate import Sampling, generate
 from lmx.models import build, pretrained
 
 REFERENCE = json.loads((Path(__file__).parent / "smollm2.json").read_text(encoding="utf-8"))
+CHATS = [
+    REFERENCE["prompts"][-1] | {"messages": REFERENCE["chat_messages"]},
+    REFERENCE["chat_hindi"],
+]
 pytestmark = pytest.mark.real
 
 
@@ -79,6 +83,17 @@ def test_greedy_tokens(model):
         want = prompt["greedy32_ids"]
         end = want.index(tokenizer.eos_id) + 1 if tokenizer.eos_id in want else 32
         assert list(one.tokens) == want[:end], prompt["name"]
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=["english", "hindi"])
+def test_chat(model, chat):
+    found, functions, params, tokenizer = model
+    template = pretrained.chat(found.beside(), found.path)
+    ids = template.ids(tokenizer, chat["messages"])
+    assert ids == chat["token_ids"] and tokenizer.end_ids == (2,)
+    (reply,) = generate(functions, params, tokenizer, [ids], Sampling(temperature=0, max_tokens=32))
+    want = chat["greedy32_ids"]
+    assert list(reply.tokens) == want[: want.index(2) + 1 if 2 in want else 32]
 
 
 @pytest.mark.parametrize("language", ["english", "hindi"])
