@@ -116,7 +116,7 @@ def _programs(step, new_cache) -> _Programs:
         token, logprob = choose(logits, keys, settings, top_k, rows.seen)
         (B, M), live = rows.tokens.shape, ~rows.done
         at = jnp.arange(B), jnp.where(live, rows.n, M)
-        n = rows.n + live
+        n = rows.n + live.astype(jnp.int32)
         return replace(
             rows,
             token=token,

@@ -27,7 +27,10 @@ class Memory:
     cache: Any = None
 
     def recall(self, model, ids: Sequence[int], slots: int) -> tuple[int, Any]:
-        """How many tokens at the start of `ids` are remembered, not all of them, and a cache of those, now forgotten here."""
+        """How many tokens at the start of `ids` are remembered, at most all but one, and a cache that holds them alone.
+
+        It is taken out of the memory, since the next step uses it up.
+        """
         known, self.ids = self.ids, ()
         n = 0
         while n < min(len(known), len(ids) - 1) and known[n] == ids[n]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -119,13 +120,9 @@ class Cache:
 
     def rewind(self, length: Int[Array, " B"]) -> Cache:
         """Without the tokens of row b from number length[b] on; a row that holds fewer stays as it is."""
-        kept = jnp.arange(self.positions.shape[1], dtype=jnp.int32)[None] < length[:, None]
-        return replace(
-            self,
-            positions=jnp.where(kept, self.positions, 0),
-            segment_ids=jnp.where(kept, self.segment_ids, 0),
-            length=jnp.minimum(self.length, length),
-        )
+        kept = self.positions < length[:, None]
+        segment_ids = jnp.where(kept, self.segment_ids, 0)
+        return replace(self, segment_ids=segment_ids, length=jnp.minimum(self.length, length))
 
     def grow(self, length: int) -> Cache:
         """With room for at least `length` tokens per row."""
@@ -318,7 +315,7 @@ def unstacked(params: Any) -> Any:
     """
     blocks = params["blocks"]
     n_layers = len(jax.tree.leaves(blocks)[0])
-    return {**params, "blocks": tuple(jax.tree.map(lambda x: x[i], blocks) for i in range(n_layers))}
+    return {**params, "blocks": tuple(jax.tree.map(itemgetter(i), blocks) for i in range(n_layers))}
 
 
 def flops_per_token(config: TransformerConfig, seq_len: int) -> float:

@@ -165,7 +165,7 @@ class Attention(nn.Module):
         return Linear(D, self.out_std, c.out_bias, name="o")(y.reshape(B, T, N * H)), cache
 
     def _written(self, cache, layer, slots, k, v):
-        """Each lies as its product wants it, summed over H and over S: on a CPU a copy would cost more than the product."""
+        """Each lies as its product wants it, with H and with S before the last axis: a CPU would copy it otherwise."""
         rows, every = jnp.arange(k.shape[0])[:, None], slice(None)
         kt, vs = cache
         of_layer = () if kt.ndim == 4 else (layer,)

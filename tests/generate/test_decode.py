@@ -13,7 +13,7 @@ from parrot import parrot
 
 from lmx.data import Byte
 from lmx.generate import Completion, Sampling, generate
-from lmx.generate.decode import _programs
+from lmx.generate.rows import _programs
 from lmx.models import build
 from lmx.models.presets import llama
 from lmx.nn import AttentionConfig, MlpConfig
@@ -238,10 +238,10 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
 
 def test_lengths_and_temperatures_share_programs():
     model, params = make(d_model=20, attention=AttentionConfig(n_heads=2))
-    start, advance = _programs(model.step, model.new_cache)
+    begin, _, advance = _programs(model.step, model.new_cache)
     for n, t, most in ((1, 0.5, 5), (3, 0.9, 8), (9, 2.0, 3), (4, 0.7, 6)):
         generate(model, params, BYTES, ["x" * n], Sampling(temperature=t, top_p=0.9, max_tokens=most, seed=n))
-    assert start._cache_size() == advance._cache_size() == 1
+    assert begin._cache_size() == advance._cache_size() == 1
 
 
 def test_parameters_spread_over_a_mesh_give_the_same_tokens():
