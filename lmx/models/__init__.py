@@ -11,6 +11,7 @@ from lmx.models.transformer import (
     build,
     flops_per_token,
     n_params,
+    rewind,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "flops_per_token",
     "n_params",
     "preset",
+    "rewind",
 ]

@@ -6,7 +6,7 @@ h_0 = embed[tokens];  h_l = block(h_{l-1});  logits = norm(h_L) W_head        (V
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -113,6 +113,16 @@ class Cache:
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, B]
+
+
+def rewind(cache: Cache, length: Int[Array, " B"]) -> Cache:
+    """The cache with the first `length` tokens of each row, as if the others had never entered."""
+    kept = cache.positions < length[:, None]
+    return replace(
+        cache,
+        segment_ids=jnp.where(kept, cache.segment_ids, 0),
+        length=jnp.minimum(cache.length, length),
+    )
 
 
 class Model(NamedTuple):
