@@ -118,7 +118,6 @@ def speculate(
     show = show or (lambda place, text: None)
     writers, shown = [Writer(tokenizer, sampling) for _ in ids], [0] * len(ids)
     done, counts = np.zeros(len(ids), bool), Acceptance(0, 0, 0)
-    looks = show is not None or bool(sampling.stop)
     for found, counts in _rounds(model, params, tokenizer, ids, sampling, draft, rows, pause, done):
         for b, (writer, pairs) in enumerate(zip(writers, found)):
             for token, logprob in pairs:

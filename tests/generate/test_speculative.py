@@ -17,7 +17,7 @@ from lmx.models import build
 from lmx.models.presets import llama
 from lmx.nn import AttentionConfig, MlpConfig, MoeConfig
 from lmx.ops.mask import PrefixLM, SlidingWindow
-from lmx.ops.position import T5, Learned, RoPE
+from lmx.ops.position import T5, Learned
 
 BYTES = Byte().train(["the byte tokenizer learns nothing"])
 PROMPTS = ["a", "नमस्", "", "The quick fox", "भारत के लोग और उनकी भाषाएँ"]
