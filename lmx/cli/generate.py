@@ -4,6 +4,7 @@ lmx generate runs/shakespeare_char/base "KING."
 lmx generate RUN "भारत के " --temperature 0.7 --top-p 0.95 --max-tokens 200
 lmx generate RUN "To be" --samples 4 --seed 1 --stop "." --step best
 lmx generate SmolLM2-135M-Instruct.gguf "The capital of India is"       a released model, GGUF or Hugging Face folder
+lmx generate BIG.gguf "Once" --draft SMALL.gguf       a smaller model of the same tokenizer drafts tokens
 lmx generate RUN --file prompts.txt --save            a prompt a line, as a batch; kept in RUN/samples.jsonl
 echo "Once upon" | lmx generate RUN - --json          the prompt from standard input; a JSON object a line
 """
@@ -35,13 +36,17 @@ class Options:
     samples: int = 1
     """Completions of each prompt."""
     batch_size: int = 16
-    """Completions that are computed at once."""
+    """Completions that are computed at once; one with --draft."""
     step: str = "latest"
     """Of the checkpoint: latest, best or a number."""
     ema: bool = False
     """The moving average of the parameters, which a run with optim.ema keeps."""
     source: Path | None = None
     """The experiment that defines the run's own classes; it is executed."""
+    draft: Path | None = None
+    """A smaller model of the same tokenizer, which drafts tokens that RUN checks; what is written follows RUN."""
+    draft_tokens: int = 4
+    """Tokens drafted between two checks."""
     save: bool = False
     """Adds what was written to RUN/samples.jsonl, for the report."""
     json: bool = False
@@ -63,7 +68,8 @@ def main(argv: list[str]) -> None:
     if model.run.data.clean:  # as the text it was trained on
         prompts = [strip_controls(normalize(prompt)) for prompt in prompts]
     written = []
-    for prompt, completion in _written(model, prompts, asked):
+    write = _written if asked.draft is None else _drafted
+    for prompt, completion in write(model, prompts, asked):
         written.append({"prompt": prompt, "text": completion.text, "reason": completion.reason})
         if asked.json:
             print(json.dumps({**written[-1], "tokens": completion.tokens}, ensure_ascii=False), flush=True)
@@ -114,3 +120,30 @@ def _written(model, prompts: list[str], asked: Options) -> Iterator[tuple[str, C
                 print(f"── {row + 1} of {len(prompts)}, ended by {completion.reason}")
                 print(f"{prompt}{completion.text}\n", flush=True)
             yield prompt, completion
+
+
+def _drafted(model, prompts: list[str], asked: Options) -> Iterator[tuple[str, Completion]]:
+    """As `_written`, one prompt after another, with a draft; tells on stderr how much of it was accepted."""
+    from lmx.generate import Acceptance, Draft, speculate
+    from lmx.run import trained
+
+    small = trained(asked.draft)
+    if small.tokenizer.hash != model.tokenizer.hash:
+        raise ValueError(
+            f"--draft {asked.draft}: its tokenizer is not that of {asked.run} ({small.tokenizer}, "
+            f"{model.tokenizer}); give a model of the same tokenizer"
+        )
+    draft = Draft(small.model, small.params, asked.draft_tokens)
+    total = Acceptance(0, 0, 0)
+
+    def show(row: int, text: str) -> None:
+        print(text, end="", flush=True) if not asked.json else None
+
+    for row, prompt in enumerate(prompts):
+        show(row, f"── {row + 1} of {len(prompts)}\n{prompt}" if len(prompts) > 1 else prompt)
+        parts = model.model, model.params, model.tokenizer, [prompt], asked.sampling
+        (completion,), acceptance = speculate(*parts, draft=draft, rows=[row], chunk=1, show=show)
+        show(row, "\n\n" if len(prompts) > 1 else "\n")
+        total += acceptance
+        yield prompt, completion
+    print(f"draft: {total}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from lmx.generate.decode import Completion, generate
 from lmx.generate.sampling import Sampling
+from lmx.generate.speculative import Acceptance, Draft, speculate
 from lmx.generate.stream import stream
 
-__all__ = ["Completion", "Sampling", "generate", "stream"]
+__all__ = ["Acceptance", "Completion", "Draft", "Sampling", "generate", "speculate", "stream"]

@@ -65,6 +65,17 @@ class Acceptance:
         """Beside what it accepts, a step gives one token of the target's own."""
         return 1 + self.accepted / self.steps if self.steps else float("nan")
 
+    def __add__(self, other: Acceptance) -> Acceptance:
+        return Acceptance(
+            self.drafted + other.drafted, self.accepted + other.accepted, self.steps + other.steps
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.accepted} of {self.drafted} tokens accepted ({self.rate:.0%}), "
+            f"{self.tokens_per_step:.2f} tokens per step of the target"
+        )
+
 
 @leaf
 class State:
@@ -96,7 +107,7 @@ def speculate(
     chunk: int = 4,
     show: Callable[[int, str], None] | None = None,
 ) -> tuple[list[Completion], Acceptance]:
-    """What `generate` answers, sooner: the same tokens if greedy, tokens with the same distribution otherwise.
+    """What `generate` answers, in fewer steps of the target: the same tokens if greedy, else the same distribution.
 
     Greedy tokens differ from those of `generate` only where two are so nearly alike that the rounding of a step
     over several tokens decides. Log probabilities are the target's.

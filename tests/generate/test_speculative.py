@@ -22,7 +22,6 @@ from lmx.ops.position import T5, Learned
 BYTES = Byte().train(["the byte tokenizer learns nothing"])
 PROMPTS = ["a", "नमस्", "", "The quick fox", "भारत के लोग और उनकी भाषाएँ"]
 GREEDY = Sampling(temperature=0.0, max_tokens=24)
-PARTS = Acceptance(0, 0, 0)
 
 
 @functools.cache
@@ -51,8 +50,9 @@ DRAFTS = {
 }
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 5])
-@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize(
+    ("name", "n_tokens"), [("itself", 5), ("another", 2), ("itself with noise", 1), ("itself with noise", 4)]
+)
 def test_greedy_tokens_are_those_without_a_draft(name, n_tokens):
     want = generate(*make(), BYTES, PROMPTS, GREEDY)
     got, acceptance = speculate(
@@ -78,9 +78,8 @@ def test_greedy_tokens_are_those_without_a_draft(name, n_tokens):
         {"position": Learned(64)},
         {"position": T5(n_buckets=8, max_distance=16), "logit_softcap": 3.0},
         {"attention": AttentionConfig(n_heads=2, mask=SlidingWindow(4)), "tie_head": False},
-        {"mlp": MoeConfig(d_ff=24, n_experts=4), "position": Learned(64)},
     ],
-    ids=["learned", "t5", "window", "experts"],
+    ids=["learned", "t5", "window"],
 )
 def test_every_kind_of_model_goes_back(more):
     """Rows stand at different places, and go back by different numbers of tokens."""
@@ -91,21 +90,22 @@ def test_every_kind_of_model_goes_back(more):
     assert 0 < acceptance.accepted < acceptance.drafted
 
 
-@pytest.mark.parametrize("n_tokens", [3, 60])
-def test_the_last_position_is_reached_and_not_passed(n_tokens):
-    """Learned positions end, and one beyond would give NaN; each row fills them to the last."""
-    for more in ({}, {"mlp": MoeConfig(d_ff=24, n_experts=4)}):
-        model, params = make(position=Learned(32), **more)
-        prompts = [[5] * 12, [9] * 3, [7]]
-        sampling = dataclasses.replace(GREEDY, max_tokens=21)
-        want = generate(model, params, BYTES, prompts, sampling)
-        for draft in (Draft(model, params, n_tokens), Draft(*make(11, position=Learned(40)), n_tokens)):
-            got, _ = speculate(model, params, BYTES, prompts, sampling, draft=draft)
-            assert [c.tokens for c in got] == [c.tokens for c in want]
-            assert np.isfinite([x for c in got for x in c.logprobs]).all()
+@pytest.mark.parametrize(
+    ("n_tokens", "mlp"), [(60, MlpConfig(d_ff=24)), (3, MoeConfig(d_ff=24, n_experts=4))]
+)
+def test_the_last_position_is_reached_and_not_passed(n_tokens, mlp):
+    """Learned positions end, and one beyond would give NaN; rows fill them to the last, more or less of them."""
+    model, params = make(position=Learned(32), mlp=mlp)
+    prompts = [[5] * 12, [9] * 3, [7]]
+    sampling = dataclasses.replace(GREEDY, max_tokens=21)
+    want = generate(model, params, BYTES, prompts, sampling)
+    for draft in (Draft(model, params, n_tokens), Draft(*make(11, position=Learned(40)), n_tokens)):
+        got, _ = speculate(model, params, BYTES, prompts, sampling, draft=draft)
+        assert [c.tokens for c in got] == [c.tokens for c in want]
+        assert np.isfinite([x for c in got for x in c.logprobs]).all()
 
 
-@pytest.mark.parametrize("most", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("most", [0, 1, 2, 7])
 def test_max_tokens_is_exact(most):
     sampling = dataclasses.replace(GREEDY, max_tokens=most)
     got, acceptance = speculate(*make(), BYTES, PROMPTS, sampling, draft=Draft(*make()))
@@ -118,11 +118,13 @@ TEXT = "one two three, नमस्ते, four five six"
 
 @functools.cache
 def spelling(text=TEXT):
-    return parrot([*BYTES.encode(text), BYTES.eos_id, *BYTES.encode(text)], BYTES.vocab_size)
+    """(model, params); the model is the same for every text, so that its programs are."""
+    parts = parrot([*BYTES.encode(text), BYTES.eos_id, *BYTES.encode(text)], BYTES.vocab_size)
+    return parts if text == TEXT else (spelling()[0], parts[1])
 
 
 @pytest.mark.parametrize("wrong", [TEXT, TEXT.replace("w", "v").replace("f", "g"), "x" * len(TEXT.encode())])
-@pytest.mark.parametrize("n_tokens", [1, 3, 8])
+@pytest.mark.parametrize("n_tokens", [1, 5])
 def test_each_row_ends_at_its_own_eos_wherever_in_a_round(wrong, n_tokens):
     n = len(TEXT.encode())
     prompts = [[9] * (n + 1 - k) for k in (1, 2, 3, 5, 8, 30)]
@@ -188,7 +190,7 @@ def test_a_row_of_a_batch_equals_the_prompt_alone(sampling):
         together
         == speculate(*make(), BYTES, PROMPTS, dataclasses.replace(sampling, stop=("absent",)), draft=draft)[0]
     )
-    for r, prompt in enumerate(PROMPTS):
+    for r, prompt in enumerate(PROMPTS[:3]):
         (alone,), _ = speculate(*make(), BYTES, [prompt], sampling, draft=draft, rows=[r])
         assert alone.tokens == together[r].tokens and alone.reason == together[r].reason
         np.testing.assert_allclose(alone.logprobs, together[r].logprobs, rtol=1e-4, atol=1e-5)
@@ -279,20 +281,10 @@ def test_completions_follow_the_target_for_other_numbers_of_drafted_tokens(n_tok
     assert surprise(8192, Sampling(), n_tokens, seed=2) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "broken"),
-    [
-        ("residual", lambda p, q: p),
-        ("residual", lambda p, q: q),
-        ("_draw", lambda p, keys, settings: speculative.jnp.argmax(p, -1).astype("int32")),
-    ],
-    ids=["p in place of p - q", "q in place of p - q", "the likeliest"],
-)
-def test_a_wrong_rule_does_not_pass_for_the_target(monkeypatch, name, broken):
+def test_drawing_from_p_where_a_token_was_refused_does_not_pass_for_the_target(monkeypatch):
     """The power of the tests above: the same rows betray a rule that is a little wrong."""
-    programs = speculative._programs
-    monkeypatch.setattr(speculative, "_programs", programs.__wrapped__)
-    monkeypatch.setattr(speculative, name, broken)
+    monkeypatch.setattr(speculative, "_programs", speculative._programs.__wrapped__)
+    monkeypatch.setattr(speculative, "residual", lambda p, q: p)
     assert surprise(8192, Sampling(), 2, seed=1) < 1e-9
 
 
@@ -314,7 +306,7 @@ def test_vocabularies_of_other_sizes_serve_if_both_cover_the_tokenizer():
         c.tokens for c in want
     ]
     hot = Sampling(temperature=5.0, max_tokens=16)
-    got, _ = speculate(*target, BYTES, ["x"] * 4, hot, draft=Draft(*draft))
+    got, _ = speculate(*target, BYTES, PROMPTS, hot, draft=Draft(*draft))
     assert max(token for c in got for token in c.tokens) < BYTES.vocab_size
 
 
@@ -343,7 +335,7 @@ def test_errors_say_where_and_what_to_do():
         speculate(*target, BYTES, ["a"], GREEDY, draft=Draft(*target), rows=(1, 2))
     with pytest.raises(ValueError, match="n_tokens=0"):
         Draft(*target, n_tokens=0)
-    assert speculate(*target, BYTES, [], GREEDY, draft=Draft(*target)) == ([], PARTS)
+    assert speculate(*target, BYTES, [], GREEDY, draft=Draft(*target)) == ([], Acceptance(0, 0, 0))
 
 
 def test_bfloat16_models_speculate():
