@@ -70,6 +70,7 @@ def main() -> None:
     )
     parser.add_argument("--text", type=Path, help="train on this text, not on the target's own")
     parser.add_argument("--samples", type=int, default=256, help="texts of 128 tokens that the target writes")
+    parser.add_argument("--prompts", type=int, default=4, help="measured in each language, up to 4")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -85,7 +86,7 @@ def main() -> None:
         f"{model.run.model.vocab_size * model.run.model.d_model / 1e6:.1f}M the head",
         "training": f"{asked.train_steps} steps of 512 tokens, text: "
         + (asked.text.name if asked.text else f"{asked.samples} texts of the target"),
-        "asked": f"{asked.max_tokens} tokens, {asked.rounds} rounds, seed {asked.seed}",
+        "asked": f"{asked.prompts} prompts, {asked.max_tokens} tokens, {asked.rounds} rounds, seed {asked.seed}",
     }
     for name, value in about.items():
         print(f"{name:10} {value}")
@@ -111,7 +112,8 @@ def taught(model: Trained, draft: Draft, asked) -> Draft:
     """The draft after next-token training, all of its parameters, on what the target wrote or on a text."""
     source = Text(str(asked.text)) if asked.text else Documents(written(model, asked))
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = File(str(model.tokenizer.save(Path(folder) / "tokenizer.json")))
+        model.tokenizer.save(Path(folder) / "tokenizer")
+        tokenizer = File(str(Path(folder) / "tokenizer"))
         run = lmx.Run(
             model=draft.model.config,
             data=Data((source,), tokenizer=tokenizer, seq_len=128, batch_size=4, clean=False),
@@ -121,7 +123,7 @@ def taught(model: Trained, draft: Draft, asked) -> Draft:
             eval_batches=16,
             seed=asked.seed,
         )
-        session = lmx.train.session(run, cache=folder)
+        session = lmx.train.session(run)
         begin = time.perf_counter()
         state = replace(session.init(), trainable=jax.tree.map(jax.numpy.copy, draft.params))
         before = session.evaluate(state)["valid/loss"]
@@ -187,11 +189,13 @@ def measured(
     sampling = Sampling(temperature=temperature, max_tokens=asked.max_tokens, seed=asked.seed)
     parts = model.model, model.params, model.tokenizer
 
+    prompts = PROMPTS[language][: asked.prompts]
+
     def plain():
-        return [generate(*parts, [prompt], sampling)[0] for prompt in PROMPTS[language]], None
+        return [generate(*parts, [prompt], sampling)[0] for prompt in prompts], None
 
     def drafted(draft):
-        found = [speculate(*parts, [prompt], sampling, draft=draft) for prompt in PROMPTS[language]]
+        found = [speculate(*parts, [prompt], sampling, draft=draft) for prompt in prompts]
         return [c for (c,), _ in found], sum((acceptance for _, acceptance in found), Acceptance(0, 0, 0))
 
     contenders = {"generate": plain} | {
