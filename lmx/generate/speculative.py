@@ -28,7 +28,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lmx.generate.decode import Completion, Prompt, Writer, _bucket, _prompt_ids
 from lmx.generate.sampling import Sampling, Settings, choose, filtered
-from lmx.models import Model, rewind
 from lmx.weights import leaf
 
 
@@ -36,7 +35,7 @@ from lmx.weights import leaf
 class Draft:
     """A smaller model with the target's tokenizer, and how many tokens it drafts in a round."""
 
-    model: Model
+    model: Any
     params: Any
     n_tokens: int = 4
 
@@ -96,7 +95,7 @@ class State:
 
 
 def speculate(
-    model: Model,
+    model,
     params,
     tokenizer,
     prompts: Sequence[Prompt],
@@ -170,7 +169,7 @@ def _draw(p: Float[Array, "B V"], keys: Array, settings: Settings) -> Int[Array,
     return jnp.argmax(p, -1).astype(jnp.int32)
 
 
-def _check(model: Model, tokenizer, draft: Draft, ids: list[list[int]], most: int) -> None:
+def _check(model, tokenizer, draft: Draft, ids: list[list[int]], most: int) -> None:
     here, there, known = model.config.vocab_size, draft.model.config.vocab_size, tokenizer.vocab_size
     if here != there and min(here, there) < known:
         raise ValueError(
@@ -184,7 +183,7 @@ def _check(model: Model, tokenizer, draft: Draft, ids: list[list[int]], most: in
 
 
 def _rounds(
-    model: Model,
+    model,
     params,
     tokenizer,
     ids: Sequence[Sequence[int]],
@@ -337,7 +336,7 @@ def _programs(step, new_cache, draft_step, draft_new_cache):
             (cache, token, seen), (i, keys) = carry, xs
             return one(cache, token[:, None], (i < useful)[:, None], seen, keys)
 
-        cache = rewind(state.draft_cache, state.cache.length - 1)
+        cache = state.draft_cache.rewind(state.cache.length - 1)
         valid = jnp.broadcast_to(live[:, None], (B, 2))
         carry, first = one(cache, state.last, valid, state.seen, keys[:, 0])
         numbers = jnp.arange(1, n, dtype=jnp.int32)
@@ -384,7 +383,7 @@ def _programs(step, new_cache, draft_step, draft_new_cache):
         following = jnp.concatenate([state.last, new], 1)
         n = state.n + n_new
         return State(
-            cache=rewind(cache, length + n_new),
+            cache=cache.rewind(length + n_new),
             draft_cache=draft_cache,
             keys=state.keys,
             last=jnp.stack([following[rows, n_new], following[rows, n_new + 1]], 1),

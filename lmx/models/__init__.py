@@ -11,7 +11,6 @@ from lmx.models.transformer import (
     build,
     flops_per_token,
     n_params,
-    rewind,
 )
 
 __all__ = [
@@ -26,5 +25,4 @@ __all__ = [
     "flops_per_token",
     "n_params",
     "preset",
-    "rewind",
 ]

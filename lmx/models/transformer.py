@@ -114,15 +114,14 @@ class Cache:
     segment_ids: Int[Array, "B S"]
     length: Int[Array, B]
 
-
-def rewind(cache: Cache, length: Int[Array, " B"]) -> Cache:
-    """The cache with the first `length` tokens of each row, as if the others had never entered."""
-    kept = cache.positions < length[:, None]
-    return replace(
-        cache,
-        segment_ids=jnp.where(kept, cache.segment_ids, 0),
-        length=jnp.minimum(cache.length, length),
-    )
+    def rewind(self, length: Int[Array, " B"]) -> Cache:
+        """The first `length` tokens of each row, as if the others had never entered."""
+        kept = self.positions < length[:, None]
+        return replace(
+            self,
+            segment_ids=jnp.where(kept, self.segment_ids, 0),
+            length=jnp.minimum(self.length, length),
+        )
 
 
 class Model(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmx.models import build, rewind
+from lmx.models import build
 from lmx.models.presets import llama
 from lmx.nn import AttentionConfig, MlpConfig, MoeConfig
 from lmx.ops.mask import Causal, Full, PrefixLM, SlidingWindow
@@ -183,10 +183,10 @@ def test_a_row_that_goes_back_forgets_what_came_after(position):
     tokens, lengths = draw((3, T)), np.array([2, 7, 5], np.int32)
     apply, step = compiled(model)
     entered = np.where(np.arange(7) < lengths[:, None], tokens[:, :7], 11).astype(np.int32)
-    cache = rewind(step(params, model.new_cache(3, 16), entered)[1], jax.numpy.asarray(lengths))
+    cache = step(params, model.new_cache(3, 16), entered)[1].rewind(jax.numpy.asarray(lengths))
     np.testing.assert_array_equal(cache.length, lengths)
     want, rows = np.asarray(apply(params, tokens)), np.arange(3)[:, None]
     at = lengths[:, None] + np.arange(3)
     out, cache = step(params, cache, tokens[rows, at])
     np.testing.assert_allclose(np.asarray(out.logits), want[rows, at], rtol=2e-5, atol=2e-5)
-    np.testing.assert_array_equal(rewind(cache, jax.numpy.asarray(lengths + 9)).length, lengths + 3)
+    np.testing.assert_array_equal(cache.rewind(jax.numpy.asarray(lengths + 9)).length, lengths + 3)
