@@ -275,10 +275,14 @@ def _ask(worker: subprocess.Popen, steps: int) -> list[float]:
 def describe(shape: str) -> dict[str, str]:
     """What a figure depends on: machine, shape, versions, commit."""
     L, N, D, T, B, V = SHAPES[shape]
+    shape = f"{L} layers, {N} heads, d_model {D}, T {T}, B {B}, vocabulary {V}"
+    return {"shape": shape} | describe_machine("jax", "torch")
+
+
+def describe_machine(*packages: str) -> dict[str, str]:
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "shape": f"{L} layers, {N} heads, d_model {D}, T {T}, B {B}, vocabulary {V}",
-        "versions": ", ".join(f"{name} {_version(name)}" for name in ("jax", "torch")),
+        "versions": ", ".join(f"{name} {_version(name)}" for name in packages),
         "commit": _commit(),
     }
 

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     from lmx.cli.conversation import Conversation
     from lmx.run import trained
 
-    model = trained(asked.model, cli.step_of(asked.model, asked.step), asked.ema)
+    model = trained(asked.model, cli.step_of(asked.model, asked.step), asked.ema).for_decoding()
     ids = messages_to_ids(model, asked.model, asked.template)
     context = min(model.context, model.model.config.position.max_len() or model.context)
     talk(Conversation(ids, context, asked.sampling, asked.system), model)
@@ -96,7 +96,9 @@ def messages_to_ids(model, path: Path, file: Path | None) -> Callable[[list[dict
 
 def talk(conversation, model) -> None:
     """Reads lines and shows replies until the end of input."""
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    from lmx.generate import Memory
+
+    terminal, memory = sys.stdin.isatty() and sys.stdout.isatty(), Memory()
     if terminal:
         with contextlib.suppress(ImportError):  # line editing and history, where the system has them
             import readline  # noqa: F401
@@ -115,10 +117,10 @@ def talk(conversation, model) -> None:
         if said:
             print(said, flush=True)
         if conversation.due:
-            _reply(conversation, model, terminal)
+            _reply(conversation, model, memory, terminal)
 
 
-def _reply(conversation, model, terminal: bool) -> None:
+def _reply(conversation, model, memory, terminal: bool) -> None:
     from lmx.generate import stream
 
     before, start, text, completion = conversation.left_out, time.perf_counter(), "", None
@@ -130,9 +132,8 @@ def _reply(conversation, model, terminal: bool) -> None:
                 "of what the model sees; /reset begins a new one",
                 terminal,
             )
-        pieces = stream(
-            model.model, model.params, model.tokenizer, ids, sampling, row=conversation.reply_number
-        )
+        parts = model.model, model.params, model.tokenizer
+        pieces = stream(*parts, ids, sampling, row=conversation.reply_number, memory=memory)
         while True:
             piece = next(pieces)
             text += piece

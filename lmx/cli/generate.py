@@ -5,6 +5,7 @@ lmx generate RUN "भारत के " --temperature 0.7 --top-p 0.95 --max-tok
 lmx generate RUN "To be" --samples 4 --seed 1 --stop "." --step best
 lmx generate SmolLM2-135M-Instruct.gguf "The capital of India is"       a released model, GGUF or Hugging Face folder
 lmx generate MODEL "What is a tokenizer?" --chat       a question, in the format the model was trained to converse in
+lmx generate BIG.gguf "Once" --draft SMALL.gguf       a smaller model of the same tokenizer drafts tokens
 lmx generate RUN --file prompts.txt --save            a prompt a line, as a batch; kept in RUN/samples.jsonl
 echo "Once upon" | lmx generate RUN - --json          the prompt from standard input; a JSON object a line
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -42,13 +43,17 @@ class Options:
     samples: int = 1
     """Completions of each prompt."""
     batch_size: int = 16
-    """Completions that are computed at once."""
+    """Completions that are computed at once; one with --draft."""
     step: str = "latest"
     """Of the checkpoint: latest, best or a number."""
     ema: bool = False
     """The moving average of the parameters, which a run with optim.ema keeps."""
     source: Path | None = None
     """The experiment that defines the run's own classes; it is executed."""
+    draft: Path | None = None
+    """A smaller model of the same tokenizer, which drafts tokens that RUN checks; what is written follows RUN."""
+    draft_tokens: int = 4
+    """Tokens drafted between two checks."""
     save: bool = False
     """Adds what was written to RUN/samples.jsonl, for the report."""
     json: bool = False
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> None:
     if asked.source is not None:
         experiment(asked.source)
     step = cli.step_of(asked.run, asked.step)
-    model = trained(asked.run, step, asked.ema)
+    model = trained(asked.run, step, asked.ema).for_decoding()
     if model.run.data.clean:  # as the text it was trained on
         prompts = [strip_controls(normalize(prompt)) for prompt in prompts]
     written = []
@@ -78,7 +83,8 @@ def main(argv: list[str]) -> None:
         ids = messages_to_ids(model, asked.run, asked.template)
         system = [] if asked.system is None else [{"role": "system", "content": asked.system}]
         read = [ids([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
-    for prompt, completion in _written(model, prompts, read, asked):
+    write = _written if asked.draft is None else _drafted
+    for prompt, completion in write(model, prompts, read, asked):
         written.append({"prompt": prompt, "text": completion.text, "reason": completion.reason})
         if asked.json:
             print(json.dumps({**written[-1], "tokens": completion.tokens}, ensure_ascii=False), flush=True)
@@ -107,26 +113,62 @@ def _prompts(asked: Options) -> list[str]:
 
 def _written(model, prompts: list[str], read: list, asked: Options) -> Iterator[tuple[str, Completion]]:
     """Each prompt and its completion; prints them unless JSON was asked for. read: what the model reads of each."""
-    from lmx.generate import generate, stream
+    from lmx.generate import completions, stream
 
     parts = model.model, model.params, model.tokenizer
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True) if not (asked.json or asked.chat) else None
+        show = _shower(asked)
+        show("" if asked.chat else prompts[0])
         pieces = stream(*parts, read[0], asked.sampling)
         while True:
             try:
-                piece = next(pieces)
+                show(next(pieces))
             except StopIteration as end:
-                print() if not asked.json else None
+                show("\n")
                 yield prompts[0], end.value
                 return
-            print(piece, end="", flush=True) if not asked.json else None
-    for start in range(0, len(prompts), asked.batch_size):
-        some = read[start : start + asked.batch_size]
-        rows = range(start, start + len(some))
-        for row, completion in zip(rows, generate(*parts, some, asked.sampling, rows=rows)):
-            prompt = prompts[row]
+    done: dict[int, Completion] = {}
+    order = iter(range(len(prompts)))
+    row = next(order)
+    for i, completion in completions(*parts, read, asked.sampling, batch_size=asked.batch_size):
+        done[i] = completion
+        while row in done:
+            prompt, completion = prompts[row], done.pop(row)
             if not asked.json:
                 print(f"── {row + 1} of {len(prompts)}, ended by {completion.reason}")
                 print(prompt, completion.text, sep="\n" if asked.chat else "", end="\n\n", flush=True)
             yield prompt, completion
+            row = next(order, -1)
+
+
+def _drafted(model, prompts: list[str], read: list, asked: Options) -> Iterator[tuple[str, Completion]]:
+    """As `_written`, one prompt after another, with a draft; tells on stderr how much of it was accepted."""
+    from lmx.generate import Acceptance, Draft, speculate
+    from lmx.run import trained
+
+    small = trained(asked.draft).for_decoding()
+    if small.tokenizer.hash != model.tokenizer.hash:
+        raise ValueError(
+            f"--draft {asked.draft}: its tokenizer is not that of {asked.run} ({small.tokenizer}, "
+            f"{model.tokenizer}); give a model of the same tokenizer"
+        )
+    draft = Draft(small.model, small.params, asked.draft_tokens)
+    total, show = Acceptance(0, 0, 0), _shower(asked)
+
+    def show_row(_, text: str) -> None:
+        show(text)
+
+    for row, prompt in enumerate(prompts):
+        show(f"── {row + 1} of {len(prompts)}\n" if len(prompts) > 1 else "")
+        show("" if asked.chat else prompt)
+        parts = model.model, model.params, model.tokenizer, [read[row]], asked.sampling
+        (completion,), acceptance = speculate(*parts, draft=draft, rows=[row], chunk=1, show=show_row)
+        show("\n\n" if len(prompts) > 1 else "\n")
+        total += acceptance
+        yield prompt, completion
+    print(f"draft: {total}", file=sys.stderr)
+
+
+def _shower(asked: Options) -> Callable[[str], None]:
+    """Prints text as it comes, unless JSON was asked for."""
+    return lambda text: None if asked.json else print(text, end="", flush=True)

@@ -2,6 +2,17 @@
 
 from lmx.generate.decode import Completion, completions, generate
 from lmx.generate.sampling import Sampling
+from lmx.generate.speculative import Acceptance, Draft, speculate
 from lmx.generate.stream import Memory, stream
 
-__all__ = ["Completion", "Memory", "Sampling", "completions", "generate", "stream"]
+__all__ = [
+    "Acceptance",
+    "Completion",
+    "Draft",
+    "Memory",
+    "Sampling",
+    "completions",
+    "generate",
+    "speculate",
+    "stream",
+]

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmx import artifact
-from lmx.data import Tokenizer
+from lmx import artifact, cli
+from lmx.data import Byte, Tokenizer
 from lmx.generate import Sampling, generate
 from lmx.run import trained
 from lmx.text.graphemes import clusters
@@ -262,3 +262,26 @@ def test_plan_compiles_for_a_machine_that_is_not_here(lmx):
     pytest.importorskip("libtpu")
     told = lmx("plan", "experiment.py", "--topology", "v5e:2x2")
     assert "4 devices" in told and "fits" in told
+
+
+def test_generate_with_a_draft_writes_the_same_and_tells_what_was_accepted(run, lmx, capsys):
+    """The run drafts for itself, so that all is accepted; another tokenizer is refused."""
+    options = ("--temperature", "0", "--max-tokens", "13")
+    plain = lmx("generate", run[0], "नदी 3 ", *options)
+    capsys.readouterr()
+    cli.main(["generate", str(run[0]), "नदी 3 ", *options, "--draft", str(run[0]), "--draft-tokens", "3"])
+    told = capsys.readouterr()
+    assert told.out == plain
+    assert "draft: 9 of 9 tokens accepted (100%), 4.00 tokens per step of the target" in told.err
+    both = lmx("generate", run[0], "नदी", "boat", *options, "--draft", run[0])
+    assert "── 2 of 2\nboat" in both
+    (line,) = lmx("generate", run[0], "नदी 3 ", *options, "--draft", run[0], "--json").splitlines()
+    assert plain == json.loads(line)["prompt"] + json.loads(line)["text"] + "\n"
+
+
+def test_generate_refuses_a_draft_of_another_tokenizer(run, refused, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run[0], other)
+    Byte().train([]).save(other / "tokenizer.json")
+    told = refused("generate", run[0], "नदी", "--draft", other)
+    assert f"--draft {other}: its tokenizer is not that of {run[0]}" in told and "same tokenizer" in told

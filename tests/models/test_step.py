@@ -174,3 +174,19 @@ def test_as_many_new_tokens_as_slots(mask):
     out, cache = step(params, cache, padded, np.broadcast_to(np.arange(8) < 5, (2, 8)))
     np.testing.assert_allclose(np.asarray(out.logits)[:, :5], want[:, 3:], rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(cache.length, 8)
+
+
+@pytest.mark.parametrize("position", [RoPE(), Learned(16), T5(8, 8)], ids=repr)
+def test_a_row_that_goes_back_forgets_what_came_after(position):
+    """Rows of 7 tokens, of which 2, 7 and 5 stay; the others were junk, and the window reaches over them."""
+    model, params = make(position, SlidingWindow(4))
+    tokens, lengths = draw((3, T)), np.array([2, 7, 5], np.int32)
+    apply, step = compiled(model)
+    entered = np.where(np.arange(7) < lengths[:, None], tokens[:, :7], 11).astype(np.int32)
+    cache = step(params, model.new_cache(3, 16), entered)[1].rewind(jax.numpy.asarray(lengths))
+    np.testing.assert_array_equal(cache.length, lengths)
+    want, rows = np.asarray(apply(params, tokens)), np.arange(3)[:, None]
+    at = lengths[:, None] + np.arange(3)
+    out, cache = step(params, cache, tokens[rows, at])
+    np.testing.assert_allclose(np.asarray(out.logits), want[rows, at], rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(cache.rewind(jax.numpy.asarray(lengths + 9)).length, lengths + 3)
