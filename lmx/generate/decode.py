@@ -121,7 +121,7 @@ def completions(
                 under_way[b], idle[b], shown[b] = i, False, 0
         if idle.all():
             return
-        state = decoder.advance(state, idle, budget, hurry=bool(waiting))
+        state = decoder.advance(state, idle, budget)
 
 
 def _power(n: int) -> int:

@@ -2,7 +2,7 @@
 
     begin:    cache = prompts, right-padded;  t_0 ~ p(. | prompt)
     join:     new rows take the places of rows that have ended
-    advance:  while rows go on:  cache += t_i;  t_{i+1} ~ p(. | prompt, t_0..t_i)
+    advance:  until a row ends:  cache += t_i;  t_{i+1} ~ p(. | prompt, t_0..t_i)
 
 Each is compiled once for each bucket of lengths: a batch whose rows come and go meets no new program.
 Axes: B rows, R new rows, P prompt tokens, M most tokens drawn, V vocab_size.
@@ -88,16 +88,9 @@ class Decoder:
         """`rows`, used up, with new[i] in place at[i]; what goes outside is left out."""
         return self._programs.join(rows, new, np.asarray(at, np.int32))
 
-    def advance(self, rows: Rows, idle: np.ndarray, budget: int, hurry: bool = False) -> Rows:
-        """`rows`, used up, with up to `budget` more tokens each; returns when all are done.
-
-        Args:
-          idle [B]: rows that nobody waits for.
-          hurry: return as soon as a row that is not idle is done.
-        """
-        return self._programs.advance(
-            self._params, rows, idle.copy(), np.int32(budget), np.bool_(hurry), **self._rule
-        )
+    def advance(self, rows: Rows, idle: np.ndarray, budget: int) -> Rows:
+        """`rows`, used up, with up to `budget` more tokens each, fewer if one of those that are not `idle` [B] ends."""
+        return self._programs.advance(self._params, rows, idle.copy(), np.int32(budget), **self._rule)
 
 
 class _Programs(NamedTuple):
@@ -160,11 +153,10 @@ def _programs(step, new_cache) -> _Programs:
         return replace(rest, cache=rows.cache.place(new.cache, at))
 
     @functools.partial(jax.jit, static_argnames=rule, donate_argnums=1)
-    def advance(params, rows, idle, budget, hurry, **settings):
+    def advance(params, rows, idle, budget, **settings):
         def more(carry):
             k, rows = carry
-            ended = (rows.done & ~idle).any()
-            return (k < budget) & ~rows.done.all() & ~(hurry & ended)
+            return (k < budget) & ~(rows.done & ~idle).any()
 
         def body(carry):
             k, rows = carry

@@ -52,7 +52,7 @@ class TransformerConfig(BlockConfig):
     init_std: of embedding and input matrices; the two matrices that write to the residual stream get
     init_std / sqrt(2 n_layers) (Radford et al. 2019, section 2.3). dtype: of activations; parameters are float32.
     remat: "none", "dots" (keep matmul results) or "full" (keep layer inputs). unroll: layers per scan step;
-    None means all of them on a CPU with up to 16 layers and no remat, else 1.
+    None means all of them on a CPU with up to 16 layers and no remat, else 1, as in `step`.
     """
 
     vocab_size: int | None = None
@@ -241,6 +241,8 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
     over_cache = flash.pick(platform="cpu", mesh=mesh)
     mix = experts.pick(mesh)
     make = partial(Transformer, config, attend=attend, constrain=constrain, unroll=unroll, mix=mix)
+    # A scan that is unrolled copies every layer out of its stack, which only many tokens are worth.
+    unroll_step = config.unroll or 1
 
     def init(key):
         tokens = jnp.zeros((1, 2), jnp.int32)
@@ -271,7 +273,7 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
         kv = cache.k, cache.v
         if isinstance(params["blocks"], tuple):
             kv = tuple(cache.k), tuple(cache.v)
-        out, (k, v) = make(attend=over_cache).apply(
+        out, (k, v) = make(attend=over_cache, unroll=unroll_step).apply(
             {"params": params},
             tokens,
             Where(positions, valid.astype(jnp.int32)),
@@ -298,9 +300,10 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
 def _one_by_one(block: Block, params: tuple, x, cache, context: Context):
     """The layers of `unstacked` parameters. Returns what the scan over a stack does."""
     routings, caches = [], []
+    one = jax.jit(lambda p, carry, layer, context: block.apply({"params": p}, carry, layer, context))
     for layer, of_layer in enumerate(params):
         kv = None if cache is None else (cache[0][layer], cache[1][layer])
-        (x, kv), routing = block.apply({"params": of_layer}, (x, kv), jnp.int32(layer), context)
+        (x, kv), routing = one(of_layer, (x, kv), jnp.int32(layer), context)
         routings.append(routing)
         caches.append(kv)
     cache = None if cache is None else tuple(zip(*caches))

@@ -12,17 +12,18 @@ from jax.sharding import PartitionSpec as P
 from parrot import parrot
 
 from lmx.data import Byte
-from lmx.generate import Completion, Sampling, generate
+from lmx.generate import Completion, Sampling, completions, generate
 from lmx.generate.rows import _programs
-from lmx.models import build
+from lmx.models import build, unstacked
 from lmx.models.presets import llama
-from lmx.nn import AttentionConfig, MlpConfig
+from lmx.nn import AttentionConfig, Local, MlpConfig
 from lmx.ops.mask import SlidingWindow
 from lmx.ops.position import T5, Learned, RoPE
 
 BYTES = Byte().train(["the byte tokenizer learns nothing"])
 PROMPTS = ["a", "नमस्", "", "The quick fox"]
 GREEDY = Sampling(temperature=0.0, max_tokens=10)
+LOCAL = {"attention": AttentionConfig(n_heads=4, n_kv_heads=2, local=Local(4, "LG"))}
 
 
 @functools.cache
@@ -298,3 +299,65 @@ def test_each_token_is_drawn_anew():
     params = jax.tree.map(np.zeros_like, params)
     (found,) = generate(model, params, BYTES, ["a"], Sampling(max_tokens=200, seed=1, temperature=1.0))
     assert len(set(found.tokens)) > len(found.tokens) / 3
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, top_p=0.9, max_tokens=10, stop=("e",), seed=4)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_that_take_the_place_of_others_write_what_they_would_alone(sampling, batch_size):
+    model, params = make()
+    prompts = ["a", "नमस्ते दुनिया", "", "The quick brown fox jumps", "xyz", "no", "भारत"]
+    want = [generate(model, params, BYTES, [p], sampling, rows=(i,))[0] for i, p in enumerate(prompts)]
+    got = generate(model, params, BYTES, prompts, sampling, batch_size=batch_size)
+    assert [(c.tokens, c.text, c.reason) for c in got] == [(c.tokens, c.text, c.reason) for c in want]
+    for one, other in zip(got, want):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_a_place_is_taken_as_soon_as_its_row_ends():
+    """The parrot's completion after n tokens begins at its n-th: rows end after 1, 2 or 20 tokens of their own."""
+    text = [*BYTES.encode("x" * 40), BYTES.eos_id, *BYTES.encode("y" * 20)]
+    model, params = parrot(text, BYTES.vocab_size)
+    long, short = [BYTES.bos_id] * 20, [BYTES.bos_id] * 40
+    found = completions(
+        model, params, BYTES, [long, short, short, short], Sampling(0.0, max_tokens=60), batch_size=2
+    )
+    assert [(i, len(c.tokens), c.reason) for i, c in found] == [
+        (1, 2, "eos"),
+        (2, 2, "eos"),
+        (3, 2, "eos"),
+        (0, 22, "eos"),
+    ]
+
+
+def test_rows_that_come_and_go_meet_no_new_program():
+    model, params = make(d_model=24, attention=AttentionConfig(n_heads=2))
+    programs = _programs(model.step, model.new_cache)
+    prompts = ["a" * (1 + 5 * i % 14) for i in range(16)]
+    first, more = (Sampling(1.0, max_tokens=9, seed=seed) for seed in (0, 1))
+    generate(model, params, BYTES, prompts, first, batch_size=4)
+    compiled = [program._cache_size() for program in programs]
+    assert compiled[2] == 1
+    generate(model, params, BYTES, prompts, more, batch_size=4)
+    generate(model, params, BYTES, prompts[::-1] * 2, more, batch_size=4)
+    assert [program._cache_size() for program in programs] == compiled
+
+
+def test_any_end_token_ends_a_row():
+    model, params = parrot([5, 6, 7, 8, 9], BYTES.vocab_size)
+    ends = BYTES.ending_with((9, 7))
+    (got,) = generate(model, params, ends, [[BYTES.bos_id]], Sampling(0.0, max_tokens=9))
+    assert got.tokens == (5, 6, 7) and got.reason == "eos"
+
+
+@pytest.mark.parametrize("more", [{}, {"position": T5(n_buckets=8, max_distance=16)}, LOCAL])
+def test_layers_one_by_one_give_the_same_completions(more):
+    model, params = make(**more)
+    want = generate(model, params, BYTES, PROMPTS, GREEDY)
+    got = generate(model, unstacked(params), BYTES, PROMPTS, GREEDY, batch_size=2)
+    assert [c.tokens for c in got] == [c.tokens for c in want]
+
+
+def test_a_batch_has_at_least_one_row():
+    model, params = make()
+    with pytest.raises(ValueError, match="batch_size=0; use 1 or more"):
+        generate(model, params, BYTES, PROMPTS, GREEDY, batch_size=0)
