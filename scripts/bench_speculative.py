@@ -118,7 +118,9 @@ def taught(model: Trained, draft: Draft, asked) -> Draft:
         tokenizer = File(str(Path(folder) / "tokenizer"))
         run = lmx.Run(
             model=draft.model.config,
-            data=Data((source,), tokenizer=tokenizer, seq_len=128, batch_size=4, clean=False),
+            data=Data(
+                (source,), tokenizer=tokenizer, valid_share=0.1, seq_len=128, batch_size=4, clean=False
+            ),
             objective={"ce": Term(Chunked(NextToken(), 64))},
             optim=AdamW(lr=3e-4),
             steps=asked.train_steps,
