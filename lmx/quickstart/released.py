@@ -103,9 +103,9 @@ def show(tour: Tour, facts: dict) -> tuple:
         page.Text(
             f"{SMOLLM2.what} ({SMOLLM2}), beside the model of this tour, on the beginnings of held-out documents. "
             "Each cuts text in its own way, so compare bits per byte, and the two languages apart. The released model "
-            "read two trillion tokens of nearly everything, hardly any of them Hindi; perhaps these very plays, which "
-            "yours did not. Yours read nothing but such plays and such news, and on its home ground a small model is "
-            "not easily beaten. What it lacks shows below: it could not answer."
+            "read two trillion tokens of nearly everything, hardly any of them Hindi; perhaps these very texts, which "
+            "yours did not. Yours read nothing but text of the same kinds, and on its home ground a small model is not "
+            "easily beaten. What it lacks shows below: it could not answer."
         ),
         Table(
             ("language", "model", "documents", "bytes", "tokens", "perplexity per token", "bits per byte"),
