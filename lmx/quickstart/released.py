@@ -119,7 +119,7 @@ def show(tour: Tour, facts: dict) -> tuple:
         Table(
             ("rows at once", "reads, tokens per second", "writes, tokens per second"),
             tuple((x["batch"], x["prefill"], x["decode"]) for x in facts["speed"]),
-            f"Prompts of {PROMPT} tokens, {DRAWN} more drawn for each; float32 on {facts['device']}; compiled before",
+            f"Prompts of {PROMPT} tokens, {DRAWN} more drawn for each; float32 on {facts['device']}; compilation not counted",
         ),
         page.Fold("What its files say (lmx info)", (page.KeyValues(facts["about"]),)),
         page.Text("Go on: talk with it, or make it a run that can be judged and trained further."),
