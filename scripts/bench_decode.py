@@ -14,8 +14,8 @@ What is measured, in tokens/s:
 
 lmx computes in float32, and with --dtypes in bfloat16; transformers in both; llama.cpp reads files that this script
 writes from the same weights, in F16 and Q8_0. Every contender is a process of its own that stays alive and idle while
-others are measured, is warmed up once on every shape, and is asked in turn, round after round: medians are given. lmx
-must compile nothing after its warm-up, and this is checked.
+others are measured, is warmed up on every shape, and is asked in turn, round after round: medians are given. lmx must
+compile nothing after its warm-up, and this is checked.
 
 The bandwidth is that of reading 1 GiB with all cores. A token at batch 1 reads every weight and its keys and values
 once; those bytes times tokens/s over the bandwidth is the share of what this machine can do at all.
@@ -83,7 +83,7 @@ def compare(asked) -> None:
         for workload in workloads:
             for i in range(asked.rounds + 1):
                 for name, contender in contenders.items():
-                    tokens, seconds = contender.run(workload)
+                    tokens, seconds = contender.run(workload if i else f"warm up: {workload}")
                     if i:  # the first is the warm-up
                         times.setdefault(workload, {}).setdefault(name, []).append(tokens / seconds)
                     print(f"{workload}, {name}: {tokens} tokens in {seconds:.2f} s", file=sys.stderr)
@@ -91,7 +91,8 @@ def compare(asked) -> None:
             contender.end()
         bandwidth = read_bandwidth()
         medians = {w: {n: statistics.median(x) for n, x in of.items()} for w, of in times.items()}
-        about = describe_machine("jax", "torch", "transformers", "xllamacpp") | {
+        about = describe_machine("jax") | {
+            "peers": versions(asked.peers),
             "threads": str(asked.threads),
             "bandwidth": f"{bandwidth / 1e9:.1f} GB/s read",
         }
@@ -104,6 +105,14 @@ def compare(asked) -> None:
                 print(f"{name}: {nbytes / 1e6:.0f} MB a token, {share:.0%} of the bandwidth at batch 1")
     if asked.out:
         asked.out.write_text(json.dumps({"about": about, "tokens_per_sec": times}, indent=1) + "\n")
+
+
+def versions(python: str) -> str:
+    """Of the peers, where they live."""
+    names = ("torch", "transformers", "xllamacpp")
+    ask = f"from importlib.metadata import version as v; print(*(f'{{n}} {{v(n)}},' for n in {names}))"
+    found = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    return found.stdout.strip().rstrip(",") or "none"
 
 
 def show(medians, contenders) -> None:
@@ -226,16 +235,17 @@ def work(name: str, job: dict) -> None:
     runner = {"lmx": Lmx, "transformers": Transformers, "llama.cpp": LlamaCpp}[program](job, kind)
     for line in sys.stdin:
         workload = line.strip()
-        if workload == "prefill":
+        if workload.endswith("prefill"):
             tokens, seconds = len(job["long"]), runner.seconds(job["long"], 1)
-        elif workload == "decode":
+        elif workload.endswith("decode"):
             prompt = job["long"][:32]
             seconds = runner.seconds(prompt, 1 + DECODE) - runner.seconds(prompt, 1)
             tokens = DECODE
         else:
             batch = int(workload.split()[-1])
+            few = workload.startswith("warm up") and program != "lmx"
             begin = time.perf_counter()
-            tokens = runner.answer(job["prompts"][: 2 * batch], batch)
+            tokens = runner.answer(job["prompts"][: batch // 4 if few else 2 * batch], batch)
             seconds = time.perf_counter() - begin
         print(f"measured {tokens} {seconds}", flush=True)
 
