@@ -94,12 +94,22 @@ def completions(
         yield from ((i, writer.finish()) for i, writer in enumerate(writers))
         return
     decoder = Decoder(model, params, tokenizer, sampling)
-    waiting = deque(range(len(ids)))
-    under_way = [waiting.popleft() for _ in range(min(batch_size or len(ids), len(ids)))]
-    state = decoder.begin([ids[i] for i in under_way], [streams[i] for i in under_way], decoder.slots(ids))
-    idle, shown = np.zeros(len(under_way), bool), np.zeros(len(under_way), int)
+    slots, shared = decoder.slots(ids), decoder.shared(ids)
+    n_rows = min(batch_size or len(ids), len(ids))
+    waiting, under_way = deque(range(len(ids))), [0] * n_rows
+    idle, shown, state = np.ones(n_rows, bool), np.zeros(n_rows, int), None
     budget = chunk if sampling.stop else sampling.max_tokens
     while True:
+        taken = {int(b): waiting.popleft() for b in np.flatnonzero(idle)[: len(waiting)]}
+        for group in decoder.groups({b: len(ids[i]) - shared.n for b, i in taken.items()}):
+            some = [taken[b] for b in group]
+            new = decoder.begin([ids[i] for i in some], [streams[i] for i in some], shared)
+            state = decoder.join(decoder.spread(new, n_rows, slots) if state is None else state, new, group)
+        for b, i in taken.items():
+            under_way[b], idle[b], shown[b] = i, False, 0
+        if idle.all():
+            return
+        state = decoder.advance(state, idle, budget)
         n, tokens, logprobs = jax.device_get((state.n, state.tokens, state.logprobs))
         for b in np.flatnonzero(~idle):
             writer = writers[under_way[b]]
@@ -109,24 +119,6 @@ def completions(
             if writer.reason is not None:
                 idle[b] = True
                 yield under_way[b], writer.finish()
-        free = np.flatnonzero(idle)[: len(waiting)]
-        if free.size:
-            taken = [waiting.popleft() for _ in free]
-            more = [taken[0]] * (
-                _power(len(taken)) - len(taken)
-            )  # read for nothing: few programs are compiled
-            new = decoder.begin([ids[i] for i in taken + more], [streams[i] for i in taken + more])
-            state = decoder.join(state, new, [*free, *(len(idle) for _ in more)])
-            for b, i in zip(free, taken):
-                under_way[b], idle[b], shown[b] = i, False, 0
-        if idle.all():
-            return
-        state = decoder.advance(state, idle, budget)
-
-
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
 
 
 class Writer:

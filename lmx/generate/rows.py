@@ -11,7 +11,7 @@ Axes: B rows, R new rows, P prompt tokens, M most tokens drawn, V vocab_size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lmx.generate.sampling import Sampling, choose
+from lmx.ops.mask import Where, sees_next
 from lmx.weights import leaf
+
+READ = 256
+"""Tokens read at once: on a CPU enough to fill its units, elsewhere little beside a step of a large batch."""
+LEAST = 16
+"""A beginning of fewer tokens is not worth to be read apart."""
 
 
 @leaf
@@ -38,14 +44,22 @@ class Rows:
     seen: Bool[Array, "B V"] | None
 
 
+class Known(NamedTuple):
+    """The first n tokens of prompts, and a cache of one row that holds them; nothing is known by default."""
+
+    n: int = 0
+    cache: Any = None
+
+
 class Decoder:
     """A model's programs under one `Sampling`: `begin`, `join` and `advance` above, called with host values."""
 
     def __init__(self, model, params, tokenizer, sampling: Sampling):
         self.limit = model.config.position.max_len()
-        self._params, self._sampling = params, sampling
+        self._params, self._sampling, self._mask = params, sampling, model.config.attention.mask
         self._programs = _programs(model.step, model.new_cache)
         settings = sampling.settings()
+        self._room = bucket(sampling.max_tokens, None)
         self._rule = {
             "settings": settings,
             "ends": np.array(tokenizer.end_ids or (-1,), np.int32),
@@ -54,38 +68,73 @@ class Decoder:
             "n_words": min(model.config.vocab_size, tokenizer.vocab_size),
         }
 
+    def keeps(self, n: int) -> bool:
+        """Whether what the model makes of a row's first n tokens serves whatever follows them.
+
+        Not so within a prefix whose tokens see later ones. A repetition penalty counts all tokens of a prompt, so they
+        are read together.
+        """
+        end = jnp.full((1, 1), n - 1, jnp.int32)
+        free = self._sampling.repetition_penalty == 1
+        return n > 0 and free and not sees_next(self._mask, Where(end, jnp.ones_like(end))).any()
+
+    def shared(self, ids: Sequence[Sequence[int]]) -> Known:
+        """The tokens that all prompts begin with, at most all but one of each, read once for all."""
+        first, last = min(ids), max(ids)
+        n = next((i for i, (x, y) in enumerate(zip(first, last)) if x != y), min(len(first), len(last)))
+        n = min(n, *(len(row) - 1 for row in ids))
+        if len(ids) == 1 or n < LEAST or not self.keeps(n):
+            return Known()
+        return Known(n, self.begin([first[:n]], [0], Known()).cache)
+
     def slots(self, ids: Sequence[Sequence[int]]) -> int:
         """Room in the cache for each of these prompts and its completion."""
-        return bucket(max(map(len, ids)) + self._sampling.max_tokens - 1, self.limit)
+        return bucket(max(map(len, ids)) + self._sampling.max_tokens - 1, self.limit, parts=8)
+
+    def groups(self, lengths: Mapping[int, int]) -> Iterator[list[int]]:
+        """Keys of prompts, of which so many tokens are to be read, in groups for one `begin` each: either alone or,
+        where they are short, READ tokens together, so that few programs are compiled and little padding is read."""
+        by_size: dict[int, list[int]] = {}
+        for key, n in lengths.items():
+            by_size.setdefault(bucket(n, self.limit), []).append(key)
+        for size, keys in by_size.items():
+            together = max(1, READ // size)
+            whole = len(keys) // together * together
+            yield from (keys[i : i + together] for i in range(0, whole, together))
+            yield from ([key] for key in keys[whole:])
 
     def begin(
-        self, ids: Sequence[Sequence[int]], streams: Sequence[int], slots: int | None = None, cache=None
+        self, ids: Sequence[Sequence[int]], streams: Sequence[int], known: Known, slots: int | None = None
     ) -> Rows:
         """Rows that have read their prompts and drawn one token.
 
         Args:
           streams: the number of each row's random stream.
+          known: what all of them begin with.
           slots: of the cache; None takes those the prompts need.
-          cache: what the rows have read before, which is used up; None is nothing.
         """
-        lengths = np.array([len(row) for row in ids], np.int32)
+        lengths = np.array([len(row) - known.n for row in ids], np.int32)
         prompts = np.full((len(ids), bucket(int(lengths.max()), self.limit)), ids[0][0], np.int32)
         for b, row in enumerate(ids):
-            prompts[b, : len(row)] = row
+            prompts[b, : lengths[b]] = row[known.n :]
         return self._programs.begin(
             self._params,
-            cache,
+            known.cache,
             prompts,
             lengths,
             np.uint32(self._sampling.seed),
             np.asarray(streams, np.uint32),
-            slots=prompts.shape[1] if slots is None else slots,
-            room=bucket(self._sampling.max_tokens, None),
+            slots=bucket(known.n + int(lengths.max()), self.limit) if slots is None else slots,
+            room=self._room,
             **self._rule,
         )
 
+    def spread(self, new: Rows, n_rows: int, slots: int) -> Rows:
+        """So many places with so much room, for others to join; until then the first of `new` is in each."""
+        return self._programs.spread(new, n_rows, slots)
+
     def join(self, rows: Rows, new: Rows, at: Sequence[int]) -> Rows:
-        """`rows`, used up, with new[i] in place at[i]; what goes outside is left out."""
+        """`rows`, used up, with new[i] in place at[i]."""
         return self._programs.join(rows, new, np.asarray(at, np.int32))
 
     def advance(self, rows: Rows, idle: np.ndarray, budget: int) -> Rows:
@@ -95,6 +144,7 @@ class Decoder:
 
 class _Programs(NamedTuple):
     begin: Any
+    spread: Any
     join: Any
     advance: Any
 
@@ -122,11 +172,15 @@ def _programs(step, new_cache) -> _Programs:
 
     rule = ("top_k", "n_words")
 
-    @functools.partial(jax.jit, static_argnames=("slots", "room", *rule), donate_argnums=1)
+    @functools.partial(jax.jit, static_argnames=("slots", "room", *rule))
     def begin(params, cache, prompts, lengths, seed, streams, *, slots, room, **settings):
         R, P = prompts.shape
         valid = jnp.arange(P, dtype=jnp.int32)[None] < lengths[:, None]
-        out, cache = step(params, new_cache(R, slots) if cache is None else cache, prompts, valid)
+        if cache is None:
+            cache = new_cache(R, slots)
+        else:
+            cache = cache.take(jnp.zeros(R, jnp.int32)).resize(slots)
+        out, cache = step(params, cache, prompts, valid)
         last = out.hidden[jnp.arange(R), lengths - 1]
         logits = replace(out, hidden=last[:, None]).logits[:, 0]
         seen = None
@@ -144,10 +198,16 @@ def _programs(step, new_cache) -> _Programs:
         )
         return draw(rows, logits, **settings)
 
+    @functools.partial(jax.jit, static_argnames=("n_rows", "slots"))
+    def spread(new, n_rows, slots):
+        first = jnp.zeros(n_rows, jnp.int32)
+        rest = jax.tree.map(lambda x: x[first], replace(new, cache=None))
+        return replace(rest, cache=new.cache.take(first).resize(slots))
+
     @functools.partial(jax.jit, donate_argnums=0)
     def join(rows, new, at):
         def put(x, y):
-            return x.at[at].set(y, mode="drop")
+            return x.at[at].set(y)
 
         rest = jax.tree.map(put, replace(rows, cache=None), replace(new, cache=None))
         return replace(rest, cache=rows.cache.place(new.cache, at))
@@ -166,10 +226,14 @@ def _programs(step, new_cache) -> _Programs:
         rows = replace(rows, done=rows.done | idle)
         return jax.lax.while_loop(more, body, (jnp.int32(0), rows))[1]
 
-    return _Programs(begin, join, advance)
+    return _Programs(begin, spread, join, advance)
 
 
-def bucket(n: int, limit: int | None) -> int:
-    """The next power of two from 16 on, so that few programs are compiled; not above the positions."""
-    size = max(16, 1 << (n - 1).bit_length())
+def bucket(n: int, limit: int | None, parts: int = 4) -> int:
+    """n, rounded up so that few programs are compiled: `parts` / 2 sizes between powers of two, and multiples of 16.
+
+    limit: the model's positions, which no size exceeds.
+    """
+    step = max(16, (1 << (n - 1).bit_length()) // parts)
+    size = -(-n // step) * step
     return size if limit is None else min(size, limit)

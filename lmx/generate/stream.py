@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmx.generate.decode import Completion, Prompt, Writer, prompt_ids
-from lmx.generate.rows import Decoder
+from lmx.generate.rows import Decoder, Known
 from lmx.generate.sampling import Sampling
-from lmx.ops.mask import Where, sees_next
 
 
 @dataclass
@@ -26,20 +25,12 @@ class Memory:
     ids: Sequence[int] = ()
     cache: Any = None
 
-    def recall(self, model, ids: Sequence[int], slots: int) -> tuple[int, Any]:
-        """How many tokens at the start of `ids` are remembered, at most all but one, and a cache that holds them alone.
-
-        It is taken out of the memory, since the next step uses it up.
-        """
-        known, self.ids = self.ids, ()
+    def recall(self, decoder: Decoder, ids: Sequence[int]) -> Known:
+        """The beginning of `ids` that is remembered, at most all but one token."""
         n = 0
-        while n < min(len(known), len(ids) - 1) and known[n] == ids[n]:
+        while n < min(len(self.ids), len(ids) - 1) and self.ids[n] == ids[n]:
             n += 1
-        end = jnp.full((1, 1), n - 1, jnp.int32)
-        if n == 0 or sees_next(model.config.attention.mask, Where(end, jnp.ones_like(end))).any():
-            return 0, None
-        cache, self.cache = self.cache, None
-        return n, cache.rewind(jnp.full(1, n, jnp.int32)).grow(slots)
+        return Known(n, self.cache.rewind(jnp.full(1, n, jnp.int32))) if decoder.keeps(n) else Known()
 
 
 def stream(
@@ -61,8 +52,7 @@ def stream(
     Args:
       row: which random stream; `generate` gives row r of a batch stream r.
       chunk: tokens per compiled call: 1 shows each as soon as it can, more spends less time between calls.
-      memory: of this model and these params; holds the prompt and the completion afterwards. A repetition
-        penalty counts the whole prompt, so that all of it is read.
+      memory: of this model and these params; holds the prompt and the completion afterwards.
     Raises: as `generate`, when the first part is asked for.
     """
     [ids] = prompt_ids(model, tokenizer, [prompt], sampling.max_tokens)
@@ -71,9 +61,7 @@ def stream(
     shown = 0
     if writer.reason is None:
         decoder = Decoder(model, params, tokenizer, sampling)
-        slots = decoder.slots([ids])
-        known, cache = (0, None) if sampling.repetition_penalty != 1 else memory.recall(model, ids, slots)
-        rows = decoder.begin([ids[known:]], [row], slots, cache)
+        rows = decoder.begin([ids], [row], memory.recall(decoder, ids), decoder.slots([ids]))
         drawn: list[int] = []
         while True:
             tokens, logprobs = (
@@ -88,7 +76,7 @@ def stream(
                     yield text
             if writer.reason is not None:
                 break
-            memory.ids = ()
+            memory.ids = ()  # until the step is done, which uses the cache up
             rows = decoder.advance(rows, np.zeros(1, bool), chunk)
     completion = writer.finish()
     if len(completion.text) > shown:

@@ -124,29 +124,35 @@ class Cache:
         segment_ids = jnp.where(kept, self.segment_ids, 0)
         return replace(self, segment_ids=segment_ids, length=jnp.minimum(self.length, length))
 
-    def grow(self, length: int) -> Cache:
-        """With room for at least `length` tokens per row."""
-        more = max(0, length - self.positions.shape[1])
+    def resize(self, length: int) -> Cache:
+        """With `length` slots per row: empty ones are added, or the last ones and what they hold cut off."""
 
-        def pad(axis, x):
-            return jnp.pad(x, [(0, more if i == x.ndim + axis else 0) for i in range(x.ndim)])
+        def fit(axis, x):
+            axis %= x.ndim
+            x = jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis)
+            return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
         return replace(
             self,
-            k=jax.tree.map(partial(pad, -1), self.k),
-            v=jax.tree.map(partial(pad, -2), self.v),
-            positions=pad(-1, self.positions),
-            segment_ids=pad(-1, self.segment_ids),
+            k=jax.tree.map(partial(fit, -1), self.k),
+            v=jax.tree.map(partial(fit, -2), self.v),
+            positions=fit(-1, self.positions),
+            segment_ids=fit(-1, self.segment_ids),
         )
 
+    def take(self, at: Int[Array, " R"]) -> Cache:
+        """Rows at[0], at[1], ... alone."""
+        return jax.tree.map(lambda x: x[_rows(x, at)], self)
+
     def place(self, new: Cache, at: Int[Array, " R"]) -> Cache:
-        """With row i of `new`, which has no more slots, in row at[i]; rows outside are left out."""
+        """With row i of `new` in row at[i], cut to as many slots."""
+        new = new.resize(self.positions.shape[1])
+        return jax.tree.map(lambda x, y: x.at[_rows(x, at)].set(y), self, new)
 
-        def put(x, y):
-            stacks = (slice(None),) * (x.ndim - 4) if x.ndim > 2 else ()
-            return x.at[(*stacks, at)].set(y, mode="drop")
 
-        return jax.tree.map(put, self, new.grow(self.positions.shape[1]))
+def _rows(x, at):
+    """The index of some rows of an array of a Cache, which in a stack of layers are its second axis."""
+    return (slice(None), at) if x.ndim == 5 else at
 
 
 class Model(NamedTuple):

@@ -13,11 +13,11 @@ from parrot import parrot
 
 from lmx.data import Byte
 from lmx.generate import Completion, Sampling, completions, generate
-from lmx.generate.rows import _programs
+from lmx.generate.rows import Decoder, _programs
 from lmx.models import build, unstacked
 from lmx.models.presets import llama
 from lmx.nn import AttentionConfig, Local, MlpConfig
-from lmx.ops.mask import SlidingWindow
+from lmx.ops.mask import Causal, PrefixLM, SlidingWindow
 from lmx.ops.position import T5, Learned, RoPE
 
 BYTES = Byte().train(["the byte tokenizer learns nothing"])
@@ -239,7 +239,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
 
 def test_lengths_and_temperatures_share_programs():
     model, params = make(d_model=20, attention=AttentionConfig(n_heads=2))
-    begin, _, advance = _programs(model.step, model.new_cache)
+    begin, *_, advance = _programs(model.step, model.new_cache)
     for n, t, most in ((1, 0.5, 5), (3, 0.9, 8), (9, 2.0, 3), (4, 0.7, 6)):
         generate(model, params, BYTES, ["x" * n], Sampling(temperature=t, top_p=0.9, max_tokens=most, seed=n))
     assert begin._cache_size() == advance._cache_size() == 1
@@ -336,10 +336,25 @@ def test_rows_that_come_and_go_meet_no_new_program():
     first, more = (Sampling(1.0, max_tokens=9, seed=seed) for seed in (0, 1))
     generate(model, params, BYTES, prompts, first, batch_size=4)
     compiled = [program._cache_size() for program in programs]
-    assert compiled[2] == 1
+    assert compiled[-1] == 1
     generate(model, params, BYTES, prompts, more, batch_size=4)
     generate(model, params, BYTES, prompts[::-1] * 2, more, batch_size=4)
     assert [program._cache_size() for program in programs] == compiled
+
+
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(6), PrefixLM(5), PrefixLM(50)])
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_a_beginning_that_prompts_share_is_read_once_and_changes_nothing(mask, penalty):
+    model, params = make(attention=AttentionConfig(n_heads=4, n_kv_heads=2, mask=mask))
+    example = "अच्छा = good\nबुरा = bad\n" + "." * 30
+    prompts = [example + more for more in ("नया =", "पुराना =", "", "x" * 40)]
+    sampling = Sampling(0.8, max_tokens=7, seed=2, repetition_penalty=penalty)
+    want = [generate(model, params, BYTES, [p], sampling, rows=(i,))[0] for i, p in enumerate(prompts)]
+    got = generate(model, params, BYTES, prompts, sampling, batch_size=3)
+    assert [c.tokens for c in got] == [c.tokens for c in want]
+    ids = [[BYTES.bos_id, *BYTES.encode(p)] for p in prompts]
+    n = Decoder(model, params, BYTES, sampling).shared(ids).n
+    assert n == (0 if penalty != 1 else len(BYTES.encode(example)))
 
 
 def test_any_end_token_ends_a_row():

@@ -1,5 +1,6 @@
 """Streams show whole characters and clusters only, and add up to what generate returns."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from parrot import parrot
 
 from lmx.data import Byte
-from lmx.generate import Sampling, generate, stream
+from lmx.generate import Memory, Sampling, generate, stream
 from lmx.generate.assemble import Assembler
+from lmx.generate.rows import Decoder
 from lmx.models import build
 from lmx.models.presets import llama
+from lmx.ops.mask import Causal, PrefixLM, SlidingWindow
 
 BYTES = Byte().train(["the byte tokenizer learns nothing"])
 TEXT = "क्षत्रिय स्त्री 👩‍👩‍👧 🇮🇳 e\u0301\u0323 हिन्दी"
@@ -164,3 +167,54 @@ def test_errors_come_with_the_first_part():
     model, params = spelling()
     with pytest.raises(ValueError, match="prompt 0 has 101 tokens"):
         next(stream(model, params, BYTES, "x" * 100, Sampling(max_tokens=100)))
+
+
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(6), PrefixLM(5)])
+def test_a_memory_changes_what_is_read_and_nothing_else(mask):
+    """A conversation that grows, is cut and goes another way, against streams that read all of it."""
+    config = llama(16, 2, 4, n_kv_heads=2, vocab_size=BYTES.vocab_size, init_std=0.5)
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, mask=mask))
+    model = build(config)
+    parts = model, jax.jit(model.init)(jax.random.key(3)), BYTES
+    sampling, memory, said = Sampling(0.9, max_tokens=12, seed=1), Memory(), [BYTES.bos_id]
+    for turn, text in enumerate(["नमस्ते, hello", " how are you, all of you there?", "क्षत्रिय", " x"]):
+        kept = 20 if turn == 2 else len(said)  # as /undo does
+        prompt = [*said[:kept], *BYTES.encode(text)]
+        assert list(memory.ids[: kept - 1]) == (prompt[: kept - 1] if turn else [])
+        _, want = collect(*parts, prompt, sampling, row=turn)
+        _, got = collect(*parts, prompt, sampling, row=turn, memory=memory)
+        assert got.tokens == want.tokens and got.text == want.text
+        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+        assert list(memory.ids) == [*prompt, *got.tokens[:-1]]
+        assert int(memory.cache.length[0]) == len(memory.ids)
+        said = [*prompt, *got.tokens]
+
+
+def test_only_what_is_new_is_read(monkeypatch):
+    model, params = spelling()
+    memory, read, sampling = Memory(), [], Sampling(0.0, max_tokens=4)
+    begin = Decoder.begin
+    monkeypatch.setattr(
+        Decoder,
+        "begin",
+        lambda self, ids, row, known, *slots: (
+            read.append(len(ids[0]) - known.n) or begin(self, ids, row, known, *slots)
+        ),
+    )
+    prompt = [BYTES.bos_id, *BYTES.encode("one two")]
+    for more in ([], [7, 8], [7, 9, 9]):
+        collect(model, params, BYTES, [*prompt, *more], sampling, memory=memory)
+    assert read == [8, 2, 2]
+
+
+def test_a_stream_that_is_left_keeps_what_was_read():
+    model, params = spelling()
+    memory = Memory()
+    prompt = [BYTES.bos_id]
+    pieces = stream(model, params, BYTES, prompt, Sampling(0.0, max_tokens=100), chunk=2, memory=memory)
+    next(pieces)
+    pieces.close()
+    said = b"".join(map(BYTES.token_bytes, memory.ids[1:]))
+    assert TEXT.encode().startswith(said) and len(said) >= len("क्ष".encode())
+    _, rest = collect(model, params, BYTES, [*memory.ids], Sampling(0.0, max_tokens=115), memory=memory)
+    assert said + b"".join(map(BYTES.token_bytes, rest.tokens[:-1])) == TEXT.encode()
