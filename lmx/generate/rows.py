@@ -87,9 +87,9 @@ class Decoder:
             return Known()
         return Known(n, self.begin([first[:n]], [0], Known()).cache)
 
-    def slots(self, ids: Sequence[Sequence[int]]) -> int:
-        """Room in the cache for each of these prompts and its completion."""
-        return bucket(max(map(len, ids)) + self._sampling.max_tokens - 1, self.limit, parts=8)
+    def slots(self, ids: Sequence[Sequence[int]], parts: int = 8) -> int:
+        """Room in the cache for each of these prompts and its completion, in sizes as `bucket` has them."""
+        return bucket(max(map(len, ids)) + self._sampling.max_tokens - 1, self.limit, parts)
 
     def groups(self, lengths: Mapping[int, int]) -> Iterator[list[int]]:
         """Keys of prompts, of which so many tokens are to be read, in groups for one `begin` each: either alone or,

@@ -61,12 +61,14 @@ def stream(
     shown = 0
     if writer.reason is None:
         decoder = Decoder(model, params, tokenizer, sampling)
-        rows = decoder.begin([ids], [row], memory.recall(decoder, ids), decoder.slots([ids]))
+        known, slots = memory.recall(decoder, ids), decoder.slots([ids], parts=2)
+        if known.n:  # a conversation meets a new program only where its room doubles
+            slots = max(slots, known.cache.positions.shape[1])
+        rows = decoder.begin([ids], [row], known, slots)
         drawn: list[int] = []
         while True:
-            tokens, logprobs = (
-                x[0, len(drawn) : rows.n[0]].tolist() for x in jax.device_get((rows.tokens, rows.logprobs))
-            )
+            n, *found = jax.device_get((rows.n, rows.tokens, rows.logprobs))
+            tokens, logprobs = (x[0, len(drawn) : n[0]].tolist() for x in found)
             drawn += tokens
             memory.ids, memory.cache = [*ids, *drawn[:-1]], rows.cache
             for token, logprob in zip(tokens, logprobs):
