@@ -63,6 +63,6 @@ def few_programs():
     """jax keeps every compiled program, each takes memory mappings, and Linux aborts a process at 65,530 of them."""
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 5_000:
         jax.clear_caches()
         gc.collect()
