@@ -158,7 +158,7 @@ def prepare(asked, folder: Path) -> dict:
     tokens = 32 + DECODE // 2
     for name in asked.contenders:
         width = {"float32": 4, "bfloat16": 2, "F16": 2, "Q8_0": 34 / 32}[name.split()[-1]]
-        job["bytes"][name] = width * n_params + min(width, 2 if "llama" in name else 4) * kv * tokens
+        job["bytes"][name] = width * n_params + (4 if width == 4 else 2) * kv * tokens
     if any(name.startswith("transformers") for name in asked.contenders):
         job["folder"] = str(folder)
         pretrained.save(folder, found.config, pretrained.load(found), like=found.fields)
@@ -206,7 +206,7 @@ class Contender:
         python = sys.executable if name.startswith("lmx") else peers
         command = [python, __file__, "--worker", name]
         threads = str(job["threads"])
-        env = os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        env = os.environ | {"OMP_NUM_THREADS": threads, "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
@@ -265,7 +265,8 @@ class Lmx:
         params = jax.tree.map(lambda x: x.astype(dtype), model.params) if dtype != "float32" else model.params
         model = model._replace(model=built, params=params).for_decoding()
         self._parts = model.model, model.params, model.tokenizer
-        self._no_end = model.model, model.params, model.tokenizer.ending_with(())
+        endless = model.tokenizer.without("eos_token").ending_with(())
+        self._no_end = model.model, model.params, endless
         self._sampling, self._completions, self._stream = Sampling, completions, stream
         self._warm: set[int] = set()
 
@@ -391,7 +392,7 @@ def measure_preset(name: str) -> None:
         jax.random.key(0)
     )
     nbytes = sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"].nbytes * (not config.tie_head)
-    tokenizer = Byte().train([""]).ending_with(())
+    tokenizer = Byte().train([""]).without("eos_token")
     x = jnp.ones(2**28, jnp.float32)
     total = jax.jit(jnp.sum)
     bandwidth = 0.0

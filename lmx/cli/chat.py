@@ -52,9 +52,9 @@ def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "chat")
     from lmx.cli.conversation import Conversation
     from lmx.run import trained
-    from lmx.train.loop import cache_folder, keep_compiled
+    from lmx.train.loop import keep_compiled
 
-    keep_compiled(cache_folder() / "xla")
+    keep_compiled()
     model = trained(asked.model, cli.step_of(asked.model, asked.step), asked.ema).for_decoding()
     ids = messages_to_ids(model, asked.model, asked.template)
     context = min(model.context, model.model.config.position.max_len() or model.context)

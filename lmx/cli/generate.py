@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     from lmx.cli.chat import messages_to_ids
     from lmx.run import experiment, trained
     from lmx.text.normalize import normalize, strip_controls
-    from lmx.train.loop import cache_folder, keep_compiled
+    from lmx.train.loop import keep_compiled
 
     if asked.samples < 1 or asked.batch_size < 1:
         raise ValueError(f"--samples {asked.samples} --batch-size {asked.batch_size}: give at least 1")
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     if asked.source is not None:
         experiment(asked.source)
     step = cli.step_of(asked.run, asked.step)
-    keep_compiled(cache_folder() / "xla")
+    keep_compiled()
     model = trained(asked.run, step, asked.ema).for_decoding()
     if model.run.data.clean:  # as the text it was trained on
         prompts = [strip_controls(normalize(prompt)) for prompt in prompts]

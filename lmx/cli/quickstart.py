@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "quickstart")
     from lmx.quickstart import CHAPTERS, Tour, take
     from lmx.quickstart import Options as Choices
-    from lmx.train.loop import cache_folder, keep_compiled
+    from lmx.train.loop import keep_compiled
 
-    keep_compiled(cache_folder() / "xla")
+    keep_compiled()
     choices = Choices(asked.english, asked.hindi, asked.vocab_size, asked.steps, asked.seed)
     print(f"report: {take(Tour(asked.out, choices), CHAPTERS).resolve()}")

@@ -98,7 +98,7 @@ def answer(source, names, most):
         return {"kind": "memory"}
     except RecursionError:
         return {"kind": "deep"}
-    except Exception as error:
+    except Exception as error:  # a template can raise anything, and what asked for it is told
         kinds = {"TemplateSyntaxError": "syntax", "TemplateAssertionError": "syntax", "Refused": "refused"}
         kind = kinds.get(type(error).__name__, "other")
         at = [

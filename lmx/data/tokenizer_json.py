@@ -41,11 +41,14 @@ _BYTE_PIECE = regex.compile(r"<0x[0-9A-F]{2}>")
 class Tokenizer:
     """A trained tokenizer.
 
-      kind: "byte", "char", "grapheme", "word", "bpe", "unigram" or "wordpiece", read off the file.
-      vocab_size: the largest id + 1, the rows an embedding needs.
-      lossless: decode(encode(text)) is text for every text; false where it is normalised or words go unknown.
-      hash: sha256 of the tokenizer's content, the same for the same ids.
-    XX"""
+    kind: "byte", "char", "grapheme", "word", "bpe", "unigram" or "wordpiece", read off the file.
+    vocab_size: the largest id + 1, the rows an embedding needs.
+    lossless: decode(encode(text)) is text for every text; false where it is normalised or words go unknown.
+    hash: sha256 of the tokenizer's content, the same for the same ids.
+    bos_id, eos_id, unk_id: None where the file has no such token. pad_id: 0 where it has none; padding is
+      masked, so any id serves.
+    specials: the names of its special tokens.
+    """
 
     def __init__(
         self,

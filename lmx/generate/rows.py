@@ -4,7 +4,7 @@
     join:     new rows take the places of rows that have ended
     advance:  until a row ends:  cache += t_i;  t_{i+1} ~ p(. | prompt, t_0..t_i)
 
-Each is compiled once for each bucket of lengths: a batch whose rows come and go meets no new program.
+Each is compiled once for each bucket of lengths, so that rows which come and go soon meet no new program.
 Axes: B rows, R new rows, P prompt tokens, M most tokens drawn, V vocab_size.
 """
 

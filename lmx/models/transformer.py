@@ -319,8 +319,8 @@ def _one_by_one(block: Block, params: tuple, x, cache, context: Context):
 def unstacked(params: Any) -> Any:
     """The parameters with a tuple of layers in place of stacks [L, ...]: `apply` and `step` take both.
 
-    Reading a layer out of a stack copies it on a CPU, a quarter of the time of decoding one row. Compiles L times as
-    long, so it is for decoding; the arrays are copies.
+    Reading a layer out of a stack copies it on a CPU, which few tokens are not worth. It compiles longer, so it is for
+    decoding; the arrays are copies.
     """
     blocks = params["blocks"]
     n_layers = len(jax.tree.leaves(blocks)[0])

@@ -108,7 +108,7 @@ def session(
     Raises: ValueError if the model's vocab_size is smaller than the tokenizer's.
     """
     cache = Path(cache or cache_folder())
-    keep_compiled(cache / "xla")
+    keep_compiled(cache)
     prepared = datasets.prepare(run.data, cache / "data", seed=run.seed, progress=progress)
     prepared.report.warn("the run's text")
     return Session(with_vocab(run, prepared.tokenizer.vocab_size), prepared, devices and tuple(devices))
@@ -143,8 +143,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LMX_CACHE") or Path(home) / "lmx")
 
 
-def keep_compiled(folder: Path) -> None:
-    """Turns jax's persistent compilation cache on, unless the user has chosen one."""
+def keep_compiled(cache: Path | None = None) -> None:
+    """Turns jax's persistent compilation cache on, in a folder of `cache` or `cache_folder()`, unless the user has
+    chosen one."""
+    folder = (cache or cache_folder()) / "xla"
     if jax.config.jax_compilation_cache_dir is None:
         with explained(f"{folder} (LMX_CACHE)"):
             folder.mkdir(parents=True, exist_ok=True)

@@ -253,7 +253,7 @@ def make(folder: Path) -> None:
         asked = {"chat_template": TEMPLATES[template], "add_generation_prompt": True} | variables
         try:
             case["text"] = theirs["bytes"].apply_chat_template(messages, tokenize=False, **asked)
-        except Exception as error:
+        except Exception as error:  # what transformers refuses, in whatever way, is to be refused
             case["error"] = str(error)
             found.append(case)
             continue
