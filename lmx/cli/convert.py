@@ -12,7 +12,10 @@ field, and so is a pickle: nothing in a model's files is executed.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,15 +44,33 @@ def main(argv: list[str]) -> None:
     if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
         raise ValueError(f"{asked.out} is already there; name a new folder")
     if (asked.source / "run.txt").exists():
-        family = _release(asked)
+        with _whole(asked.out) as folder:
+            family = _release(asked, folder)
         print(f"wrote {asked.out} as {family.model_type}; transformers reads it with {family.architecture}")
         return
-    _adopt(asked.source, asked.out)
+    with _whole(asked.out) as folder:
+        _adopt(asked.source, folder, asked.out)
     print(f"wrote {asked.out}; `lmx info {asked.out}`, `lmx generate {asked.out}` and `lmx eval` read it")
 
 
-def _adopt(source: Path, out: Path) -> None:
-    """A released model as a run of no steps."""
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write to, which takes its name once all is there, and goes if that fails."""
+    out = out.resolve()
+    folder = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _adopt(source: Path, folder: Path, out: Path) -> None:
+    """A released model as a run of no steps, written to `folder`, which will be `out`."""
     from lmx.data import Data, File
     from lmx.models import pretrained
     from lmx.run import Run
@@ -57,21 +78,20 @@ def _adopt(source: Path, out: Path) -> None:
 
     found = pretrained.find(source)
     tokenizer = found.tokenizer()
-    out.mkdir(parents=True, exist_ok=True)
     length = min(found.context or 1024, 1024)
     data = Data(tokenizer=File(str(out)), seq_len=length, clean=False)  # released models read text as it is
-    Run(model=found.config, data=data).save(out / "run.txt")
-    tokenizer.save(out)
-    kept = out / pretrained.KEPT
+    Run(model=found.config, data=data).save(folder / "run.txt")
+    tokenizer.save(folder)
+    kept = folder / pretrained.KEPT
     kept.mkdir()
     for name, text in found.beside().items():
         (kept / name).write_text(text, encoding="utf-8")
-    checkpoints = Checkpoints(out / FOLDER, best=None, strict=True, made_from=found.files())
+    checkpoints = Checkpoints(folder / FOLDER, best=None, strict=True, made_from=found.files())
     checkpoints.save(0, {"trainable": pretrained.load(found)}, {"source": str(source)})
     checkpoints.close()
 
 
-def _release(asked: Options):
+def _release(asked: Options, folder: Path):
     from lmx.models import pretrained
     from lmx.run import trained
 
@@ -83,10 +103,10 @@ def _release(asked: Options):
         like = {f"{x}_token_id": getattr(model.tokenizer, f"{x}_id") for x in ("bos", "eos", "pad")}
         context = model.run.data.seq_len
     family = pretrained.save(
-        asked.out, model.run.model, model.params, like=like, context=context, dtype=asked.dtype
+        folder, model.run.model, model.params, like=like, context=context, dtype=asked.dtype
     )
-    model.tokenizer.save(asked.out)
+    model.tokenizer.save(folder)
     for path in sorted(kept.iterdir()) if kept.is_dir() else ():
         if path.name != "config.json":
-            shutil.copyfile(path, asked.out / path.name)
+            shutil.copyfile(path, folder / path.name)
     return family

@@ -1,13 +1,15 @@
 """A GGUF file's metadata and tensor names in the terms of the families: fields of a config.json, and entries.
 
 Where GGUF departs from Hugging Face: Llama's query and key rows lie in neighbouring pairs, Gemma's norms have
-their 1 added, Llama 3's stretched RoPE is a tensor of divisors, and GPT-2's matrices are [d_out, d_in].
+their 1 added, Llama 3's stretched RoPE is a tensor of divisors, GPT-2's matrices are [d_out, d_in], and the experts
+of a layer lie in one tensor.
 Source: ggml, docs/gguf.md; gguf-py, constants.py, for the names.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from lmx.data.tokenizer_gguf import begins, token_of, tokenizer_of
 from lmx.formats import Tensor
 from lmx.formats.gguf import Gguf
 from lmx.models.families import FAMILIES, Family, Fields, check_counts
+from lmx.models.families.mixture import MIXTRAL
 from lmx.models.transformer import TransformerConfig
 from lmx.models.weight_map import Entry
 from lmx.ops.position import Divided
@@ -29,9 +32,12 @@ ARCHITECTURES = {
     "gpt2": "gpt2",
     "phi3": "phi3",
     "olmo2": "olmo2",
+    "qwen3moe": "qwen3_moe",
 }
-"""general.architecture -> family."""
+"""general.architecture -> family; a llama with a window is a Mistral, and with experts a Mixtral."""
 DIVISORS = "rope_freqs.weight"
+IDLE = {"context_length", "vocab_size", "rope.scaling.finetuned", "attention.causal", "tensor_data_layout"}
+"""Keys of an architecture that change no number here."""
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -48,6 +54,10 @@ NAMES = {
     "mlp.c_proj": "ffn_down",
     "ln_1": "attn_norm",
     "ln_2": "ffn_norm",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.gate.": "ffn_gate_inp.",
+    **{f"block_sparse_moe.experts.{{expert}}.{w}": f"ffn_{x}_exps" for x, w in MIXTRAL.items()},
+    **{f"mlp.experts.{{expert}}.{x}_proj": f"ffn_{x}_exps" for x in ("gate", "up", "down")},
     "self_attn.o_proj": "attn_output",
     **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
     **{f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"},
@@ -69,9 +79,10 @@ def describe(file: Gguf, name: str) -> tuple[Family, dict[str, Any], Transformer
         raise ValueError(
             f"{name}: architecture {file.architecture!r:.99} is none of {', '.join(ARCHITECTURES)}"
         )
-    family = FAMILIES[ARCHITECTURES[file.architecture]]
     found = _fields(file, name)
-    check_counts(found, len(file.tensors), name)
+    family = FAMILIES[found["model_type"]]
+    experts = sum(x.shape[0] for x in file.tensors.values() if len(x.shape) == 3)
+    check_counts(found, len(file.tensors) + experts, name)
     fields = Fields(found, name)
     config = family.config(fields)
     fields.finish()
@@ -108,13 +119,24 @@ def beside(file: Gguf) -> dict[str, str]:
 
 
 def _fields(file: Gguf, name: str) -> dict[str, Any]:
+    """Raises: ValueError for keys of the architecture that have no counterpart, by name."""
     a = file.architecture
+    left = {key: value for key, value in file.metadata.items() if key.startswith(f"{a}.")}
 
     def of(key: str, default: Any = None) -> Any:
+        left.pop(f"{a}.{key}", None)
         return file.metadata.get(f"{a}.{key}", default)
 
-    if of("expert_count"):
-        raise ValueError(f"{name}: {a}.expert_count={of('expert_count')}: experts are not read from GGUF yet")
+    found = _described(file, name, of)
+    unread = {key: x for key, x in left.items() if key.removeprefix(f"{a}.") not in IDLE and x not in (0, [])}
+    if unread:
+        told = ", ".join(f"{key}={value!r:.60}" for key, value in unread.items())
+        raise ValueError(f"{name}: no counterpart in lmx for {told}")
+    return found
+
+
+def _described(file: Gguf, name: str, of: Callable[..., Any]) -> dict[str, Any]:
+    a = file.architecture
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{name}: the tensor token_embd.weight is missing")
     common = {
@@ -133,6 +155,10 @@ def _fields(file: Gguf, name: str) -> dict[str, Any]:
             "n_positions": of("context_length"),
             "layer_norm_epsilon": of("attention.layer_norm_epsilon"),
         }
+    if of("attention.value_length") not in (None, of("attention.key_length")):
+        raise ValueError(
+            f"{name}: {a}.attention.value_length differs from {a}.attention.key_length; lmx has one"
+        )
     found = common | {
         "hidden_size": of("embedding_length"),
         "intermediate_size": of("feed_forward_length"),
@@ -144,11 +170,21 @@ def _fields(file: Gguf, name: str) -> dict[str, Any]:
         "max_position_embeddings": of("context_length"),
         "rope_parameters": _rope(of),
     }
+    window = of("attention.sliding_window") or None
+    if a in ("llama", "phi3") or a.startswith("gemma"):
+        found["sliding_window"] = window
     if a == "llama":
         found["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
+        found["model_type"] = "mistral" if window else "llama"
+    if a == "llama" and of("expert_count"):
+        found["model_type"] = "mixtral"
+        found |= {"num_local_experts": of("expert_count"), "num_experts_per_tok": of("expert_used_count")}
+        found["intermediate_size"] = of("expert_feed_forward_length", found["intermediate_size"])
+    if a == "qwen3moe":
+        found |= {"num_experts": of("expert_count"), "num_experts_per_tok": of("expert_used_count")}
+        found |= {"moe_intermediate_size": of("expert_feed_forward_length"), "norm_topk_prob": True}
     if a.startswith("gemma"):
         found["query_pre_attn_scalar"] = found["head_dim"]
-        found["sliding_window"] = of("attention.sliding_window")
     if a == "gemma2":
         found["attn_logit_softcapping"] = of("attn_logit_softcapping", 50.0)
         found["final_logit_softcapping"] = of("final_logit_softcapping", 30.0)
@@ -160,7 +196,7 @@ def _fields(file: Gguf, name: str) -> dict[str, Any]:
     return found
 
 
-def _rope(of) -> dict[str, Any]:
+def _rope(of: Callable[..., Any]) -> dict[str, Any]:
     kind = of("rope.scaling.type", "none")
     found = {"rope_theta": of("rope.freq_base", 1e4), "rope_type": "default" if kind == "none" else kind}
     dims, H = of("rope.dimension_count"), of("attention.key_length")
@@ -168,8 +204,12 @@ def _rope(of) -> dict[str, Any]:
         found["partial_rotary_factor"] = dims / H
     if kind != "none":
         found["factor"] = of("rope.scaling.factor")
+    if of("rope.scaling.attn_factor", 1.0) != 1:
+        found["attn_factor"] = of("rope.scaling.attn_factor")
+    original = of("rope.scaling.original_context_length")
     if kind == "yarn":
-        found["original_max_position_embeddings"] = of("rope.scaling.original_context_length")
+        found["original_max_position_embeddings"] = original
+        found |= {f"beta_{x}": of(f"rope.scaling.yarn_beta_{x}") for x in ("fast", "slow")}
     return found
 
 

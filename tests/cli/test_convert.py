@@ -77,3 +77,16 @@ def test_code_in_a_model_is_never_run(released, tmp_path, lmx):
     (released / "modeling_own.py").write_text("raise SystemExit('it ran')")
     lmx("convert", released, tmp_path / "out")
     assert "modeling_own" not in sys.modules and not list((tmp_path / "out").rglob("*.py"))
+
+
+def test_what_fails_midway_leaves_nothing(released, tmp_path, lmx, refused):
+    tensors = {name: x.read() for name, x in safetensors.read(released).items()}
+    tensors["model.norm.weight"] *= 1e6
+    safetensors.write(released, tensors.items())
+    run, out = tmp_path / "run", tmp_path / "out"
+    lmx("convert", released, run)
+    out.mkdir()
+    assert "too large for float16; use bfloat16" in refused("convert", run, out, "--dtype", "float16")
+    assert {path.name for path in tmp_path.iterdir()} == {"released", "run", "out"} and not any(out.iterdir())
+    lmx("convert", run, out)
+    assert (out / "config.json").exists() and not list(tmp_path.glob("*partial*"))

@@ -1,6 +1,7 @@
 """The models of `families` as GGUF files, under the names that the gguf package gives: the same logits."""
 
 import json
+import re
 
 import gguf
 import jax
@@ -19,14 +20,18 @@ ARCHITECTURES = {
     "llama-linear": "llama",
     "llama-yarn": "llama",
     "llama3": "llama",
+    "mistral": "llama",
     "mistral-full": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "gemma2-caps": "gemma2",
     "gemma3": "gemma3",
     "gpt2": "gpt2",
+    "phi3": "phi3",
     "phi3-partial": "phi3",
     "olmo2": "olmo2",
+    "mixtral": "llama",
+    "qwen3-moe": "qwen3moe",
 }
 TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(45))]
 
@@ -48,11 +53,9 @@ def written(name, path, **changed):
             add[type(value)](key if key.startswith("general.") else f"{architecture}.{key}", value)
     writer.add_token_list(TOKENS)
     names = gguf.get_tensor_name_map(kind, config.get("num_hidden_layers") or config["n_layer"])
-    for theirs, tensor in safetensors.read(FOLDER / name).items():
+    for theirs, x in with_experts_joined(safetensors.read(FOLDER / name)).items():
         stem, _, ending = theirs.rpartition(".")
-        writer.add_tensor(
-            f"{names.get_name(stem)}.{ending}", laid_out(architecture, config, theirs, tensor.read())
-        )
+        writer.add_tensor(f"{names.get_name(stem)}.{ending}", laid_out(architecture, config, theirs, x))
     if name == "llama3":
         writer.add_tensor("rope_freqs.weight", divisors(config))
     writer.write_header_to_file()
@@ -60,6 +63,14 @@ def written(name, path, **changed):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def with_experts_joined(tensors):
+    """Name -> array, where the experts of a layer lie in one tensor [E, d_out, d_in]."""
+    found = {}
+    for name, tensor in tensors.items():
+        found.setdefault(re.sub(r"experts\.\d+", "experts", name), []).append(tensor.read())
+    return {name: np.stack(x) if ".experts." in name else x[0] for name, x in found.items()}
 
 
 def metadata(a, c):
@@ -88,6 +99,9 @@ def metadata(a, c):
         "attention.sliding_window": c.get("sliding_window"),
         "attn_logit_softcapping": c.get("attn_logit_softcapping"),
         "final_logit_softcapping": c.get("final_logit_softcapping"),
+        "expert_count": c.get("num_local_experts") or c.get("num_experts"),
+        "expert_used_count": c.get("num_experts_per_tok"),
+        "expert_feed_forward_length": c.get("moe_intermediate_size"),
     }
     if rope["rope_type"] in ("linear", "yarn"):
         found |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
@@ -135,13 +149,16 @@ def test_logits(name, tmp_path):
         ({"block_count": 10**9}, "num_hidden_layers=1,000,000,000, but the file has 21 tensors"),
         ({"embedding_length": 32}, "shape"),
         ({"feed_forward_length": None}, "intermediate_size is missing"),
-        ({"attention.head_count": "four"}, "num_attention_heads is 'four', not a int"),
+        ({"attention.head_count": "four"}, "num_attention_heads is 'four', not a whole number from 0"),
         ({"attention.head_count": 3}, "n_heads=3 is not a multiple of n_kv_heads=2"),
         (
             {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0},
             "rope_type='longrope' has no counterpart",
         ),
-        ({"expert_count": 4}, "experts are not read from GGUF"),
+        ({"expert_count": 4, "expert_used_count": 2}, "blk.0.ffn_gate_inp.weight is missing"),
+        ({"expert_shared_count": 1}, "no counterpart in lmx for llama.expert_shared_count=1"),
+        ({"attention.value_length": 8}, "value_length differs"),
+        ({"rope.scaling.attn_factor": 1.5}, "no counterpart in lmx for attn_factor=1.5"),
         ({"attention.layer_norm_rms_epsilon": -1.0}, "eps"),
     ],
 )

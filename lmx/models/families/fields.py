@@ -27,6 +27,14 @@ HARMLESS = frozenset(
 """Fields that say how a model is trained, batched or sampled from, not what it computes."""
 
 
+KINDS = {
+    int: "a whole number from 0",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 COUNTS = ("num_hidden_layers", "n_layer", "num_experts", "num_local_experts")
 
 
@@ -55,7 +63,7 @@ class Fields:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (kind is int and value < 0):
-            raise ValueError(f"{self.where}: {name} is {value!r:.99}, not a {kind.__name__}")
+            raise ValueError(f"{self.where}: {name} is {value!r:.99}, not {KINDS[kind]}")
         return value
 
     def only(self, name: str, *allowed: Any) -> None:
