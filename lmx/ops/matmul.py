@@ -13,7 +13,7 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float
 
-from lmx.ops.dot import dot, gram
+from lmx.ops.dot import dot, gram, rows_by
 
 PRODUCT = "product"
 """By this name rematerialisation knows the results of matrix products, which have gradients of their own."""
@@ -58,7 +58,7 @@ def matmul_transposed(
         raise ValueError(
             f"matmul_transposed: x {x.shape} and e {e.shape} must be [..., D] and [V, D] with one D"
         )
-    return dot(x, e.astype(x.dtype), (x.ndim - 1,), (1,)).astype(dtype or x.dtype)
+    return rows_by(x, e.astype(x.dtype)).astype(dtype or x.dtype)
 
 
 def _matmul_transposed_forward(x, e, dtype):

@@ -92,6 +92,15 @@ def test_cpu_writes_out_no_transpose_of_the_wider_factor(k, m):
     assert f"f32[{max(k, m)},24]" not in jax.jit(dw).lower(x, g).compile().as_text()
 
 
+@pytest.mark.parametrize("rows, first", [(1, True), (8, True), (module.FEW, True), (module.FEW + 1, False)])
+def test_a_cpu_multiplies_few_rows_with_the_matrix_first(rows, first):
+    """Which the compiler would undo, were it not told."""
+    x, w = draw((rows, 5), "float32"), draw((96, 5), "float32")
+    text = jax.jit(matmul_transposed).lower(x, w).compile().as_text()
+    (dot,) = [line for line in text.splitlines() if " dot(" in line]
+    assert (f"f32[96,{rows}]" in dot, f"f32[{rows},96]" in dot) == (first, not first)
+
+
 def test_one_row_is_widened_even_with_units(monkeypatch):
     monkeypatch.setattr(module, "bfloat16_units", lambda: True)
     export = jax.export.export(jax.jit(matmul), platforms=["cpu"])
