@@ -280,9 +280,9 @@ class Lmx:
         from lmx.generate.rows import _programs
 
         sampling, model = self._sampling(0.0, max_tokens=NEW), self._parts[0]
-        before = [program._cache_size() for program in _programs(model.step, model.new_cache)]
+        before = [program._cache_size() for program in _programs(model)]
         found = dict(self._completions(*self._parts, prompts, sampling, batch_size=batch))
-        after = [program._cache_size() for program in _programs(model.step, model.new_cache)]
+        after = [program._cache_size() for program in _programs(model)]
         if batch in self._warm and before != after:
             sys.exit(f"lmx compiled while it was measured: {before} programs before, {after} after")
         self._warm.add(batch)

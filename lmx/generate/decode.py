@@ -101,9 +101,9 @@ def completions(
     budget = chunk if sampling.stop else sampling.max_tokens
     while True:
         taken = {int(b): waiting.popleft() for b in np.flatnonzero(idle)[: len(waiting)]}
-        for group in decoder.groups({b: len(ids[i]) - shared.n for b, i in taken.items()}):
+        for group in decoder.groups({b: len(ids[i]) for b, i in taken.items()}, shared):
             some = [taken[b] for b in group]
-            new = decoder.begin([ids[i] for i in some], [streams[i] for i in some], shared)
+            new = decoder.begin([ids[i] for i in some], [streams[i] for i in some], shared, slots)
             state = decoder.join(decoder.spread(new, n_rows, slots) if state is None else state, new, group)
         for b, i in taken.items():
             under_way[b], idle[b], shown[b] = i, False, 0

@@ -1,11 +1,12 @@
 """Rows under way: compiled programs that begin them from prompts, join them to others, and draw their tokens.
 
-    begin:    cache = prompts, right-padded;  t_0 ~ p(. | prompt)
+    begin:    cache = prompts;  t_0 ~ p(. | prompt)
     join:     new rows take the places of rows that have ended
     advance:  until a row ends:  cache += t_i;  t_{i+1} ~ p(. | prompt, t_0..t_i)
 
-Each is compiled once for each bucket of lengths, so that rows which come and go soon meet no new program.
-Axes: B rows, R new rows, P prompt tokens, M most tokens drawn, V vocab_size.
+Each is compiled once for each room of the cache, and `begin` for each size of a piece, so that rows which come and go
+soon meet no new program.
+Axes: B rows, R new rows, W tokens of padded prompts, M most tokens drawn, V vocab_size.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lmx.generate.reading import bucket, keeps, padded, piece, read
 from lmx.generate.sampling import Sampling, choose
-from lmx.ops.mask import Where, sees_next
 from lmx.weights import leaf
 
 READ = 256
@@ -56,8 +57,8 @@ class Decoder:
 
     def __init__(self, model, params, tokenizer, sampling: Sampling):
         self.limit = model.config.position.max_len()
-        self._params, self._sampling, self._mask = params, sampling, model.config.attention.mask
-        self._programs = _programs(model.step, model.new_cache)
+        self._params, self._sampling, self._config = params, sampling, model.config
+        self._programs = _programs(model)
         settings = sampling.settings()
         self._room = bucket(sampling.max_tokens, None)
         self._rule = {
@@ -69,14 +70,8 @@ class Decoder:
         }
 
     def keeps(self, n: int) -> bool:
-        """Whether what the model makes of a row's first n tokens serves whatever follows them.
-
-        Not so within a prefix whose tokens see later ones. A repetition penalty counts all tokens of a prompt, so they
-        are read together.
-        """
-        end = jnp.full((1, 1), n - 1, jnp.int32)
-        free = self._sampling.repetition_penalty == 1
-        return n > 0 and free and not sees_next(self._mask, Where(end, jnp.ones_like(end))).any()
+        """Whether what the model makes of a row's first n tokens serves whatever follows them."""
+        return keeps(self._config.attention.mask, n)
 
     def shared(self, ids: Sequence[Sequence[int]]) -> Known:
         """The tokens that all prompts begin with, at most all but one of each, read once for all."""
@@ -91,12 +86,12 @@ class Decoder:
         """Room in the cache for each of these prompts and its completion, in sizes as `bucket` has them."""
         return bucket(max(map(len, ids)) + self._sampling.max_tokens - 1, self.limit, parts)
 
-    def groups(self, lengths: Mapping[int, int]) -> Iterator[list[int]]:
-        """Keys of prompts, of which so many tokens are to be read, in groups for one `begin` each: either alone or,
-        where they are short, READ tokens together, so that few programs are compiled and little padding is read."""
+    def groups(self, lengths: Mapping[int, int], known: Known) -> Iterator[list[int]]:
+        """Keys of prompts of so many tokens in groups for one `begin` each: either alone or, where they are short, READ
+        tokens of a piece together, so that few programs are compiled and little padding is read."""
         by_size: dict[int, list[int]] = {}
-        for key, n in lengths.items():
-            by_size.setdefault(bucket(n, self.limit), []).append(key)
+        for key, n in sorted(lengths.items(), key=lambda item: item[1]):
+            by_size.setdefault(piece(self._config, n, known.n), []).append(key)
         for size, keys in by_size.items():
             together = max(1, READ // size)
             whole = len(keys) // together * together
@@ -113,18 +108,20 @@ class Decoder:
           known: what all of them begin with.
           slots: of the cache; None takes those the prompts need.
         """
-        lengths = np.array([len(row) - known.n for row in ids], np.int32)
-        prompts = np.full((len(ids), bucket(int(lengths.max()), self.limit)), ids[0][0], np.int32)
-        for b, row in enumerate(ids):
-            prompts[b, : lengths[b]] = row[known.n :]
+        longest = max(map(len, ids))
+        slots = bucket(longest, self.limit) if slots is None else slots
+        size = piece(self._config, longest, known.n)
+        prompts, lengths = padded(ids, slots + size)
         return self._programs.begin(
             self._params,
             known.cache,
             prompts,
+            np.int32(known.n),
             lengths,
             np.uint32(self._sampling.seed),
             np.asarray(streams, np.uint32),
-            slots=bucket(known.n + int(lengths.max()), self.limit) if slots is None else slots,
+            size=size,
+            slots=slots,
             room=self._room,
             **self._rule,
         )
@@ -150,7 +147,7 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(step, new_cache) -> _Programs:
+def _programs(model) -> _Programs:
     def draw(rows, logits, settings, ends, most, top_k, n_words):
         words = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
         if n_words < logits.shape[-1]:
@@ -172,19 +169,17 @@ def _programs(step, new_cache) -> _Programs:
 
     rule = ("top_k", "n_words")
 
-    @functools.partial(jax.jit, static_argnames=("slots", "room", *rule))
-    def begin(params, cache, prompts, lengths, seed, streams, *, slots, room, **settings):
-        R, P = prompts.shape
-        valid = jnp.arange(P, dtype=jnp.int32)[None] < lengths[:, None]
+    @functools.partial(jax.jit, static_argnames=("size", "slots", "room", *rule))
+    def begin(params, cache, prompts, start, lengths, seed, streams, *, size, slots, room, **settings):
+        R, W = prompts.shape
         if cache is None:
-            cache = new_cache(R, slots)
+            cache = model.new_cache(R, slots, params)
         else:
             cache = cache.take(jnp.zeros(R, jnp.int32)).resize(slots)
-        out, cache = step(params, cache, prompts, valid)
-        last = out.hidden[jnp.arange(R), lengths - 1]
-        logits = replace(out, hidden=last[:, None]).logits[:, 0]
+        logits, cache = read(model, params, cache, prompts, start, lengths, size)
         seen = None
         if "repetition_penalty" in settings["settings"]:
+            valid = jnp.arange(W, dtype=jnp.int32)[None] < lengths[:, None]
             seen = jnp.zeros(logits.shape, bool).at[jnp.arange(R)[:, None], prompts].max(valid)
         rows = Rows(
             cache=cache,
@@ -220,20 +215,10 @@ def _programs(step, new_cache) -> _Programs:
 
         def body(carry):
             k, rows = carry
-            out, cache = step(params, rows.cache, rows.token[:, None], ~rows.done[:, None])
+            out, cache = model.step(params, rows.cache, rows.token[:, None], ~rows.done[:, None])
             return k + 1, draw(replace(rows, cache=cache), out.logits[:, 0], **settings)
 
         rows = replace(rows, done=rows.done | idle)
         return jax.lax.while_loop(more, body, (jnp.int32(0), rows))[1]
 
     return _Programs(begin, spread, join, advance)
-
-
-def bucket(n: int, limit: int | None, parts: int = 4) -> int:
-    """n, rounded up so that few programs are compiled: `parts` / 2 sizes between powers of two, and multiples of 16.
-
-    limit: the model's positions, which no size exceeds.
-    """
-    step = max(16, (1 << (n - 1).bit_length()) // parts)
-    size = -(-n // step) * step
-    return size if limit is None else min(size, limit)

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lmx.generate.decode import Completion, Prompt, Writer, prompt_ids
-from lmx.generate.rows import bucket
+from lmx.generate.reading import bucket, padded, piece, read
 from lmx.generate.sampling import Sampling, Settings, choose, filtered
 from lmx.weights import leaf
 
@@ -202,14 +202,12 @@ def _rounds(
     if not ids or most == 0:
         return
     ends = np.array(tokenizer.end_ids, np.int32)
-    start, advance = _programs(model.step, model.new_cache, draft.model.step, draft.model.new_cache)
-    lengths = np.array([len(row) for row in ids], np.int32)
-    longest = int(lengths.max())
-    limit, draft_limit = (m.config.position.max_len() for m in (model, draft.model))
-    both = min((x for x in (limit, draft_limit) if x is not None), default=None)
-    prompts = np.full((len(ids), bucket(longest, both)), ids[0][0], np.int32)
-    for b, row in enumerate(ids):
-        prompts[b, : len(row)] = row
+    start, advance = _programs(model, draft.model)
+    longest = max(map(len, ids))
+    configs = model.config, draft.model.config
+    slots, draft_slots = (bucket(longest + most - 1, config.position.max_len()) for config in configs)
+    sizes = tuple(piece(config, longest) for config in configs)
+    prompts, lengths = padded(ids, slots + max(sizes))
     settings = sampling.settings()
     fixed = {
         "top_k": sampling.top_k if "temperature" in settings else 0,
@@ -225,8 +223,9 @@ def _rounds(
         settings,
         ends,
         np.int32(most),
-        slots=bucket(longest + most - 1, limit),
-        draft_slots=bucket(longest + most - 1, draft_limit),
+        sizes=sizes,
+        slots=slots,
+        draft_slots=draft_slots,
         room=bucket(most, None),
         **fixed,
     )
@@ -252,7 +251,7 @@ def _rounds(
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(step, new_cache, draft_step, draft_new_cache):
+def _programs(model, draft):
     """The two compiled programs of a pair of models; jax compiles each once per shape and set of filters."""
 
     def keys_of(keys, first, n):
@@ -278,7 +277,7 @@ def _programs(step, new_cache, draft_step, draft_new_cache):
         rows = jnp.arange(tokens.shape[0])[:, None]
         return seen.at[rows, jnp.where(some, tokens, seen.shape[1])].set(True, mode="drop")
 
-    @functools.partial(jax.jit, static_argnames=("slots", "draft_slots", "room", "top_k", "n_words"))
+    @functools.partial(jax.jit, static_argnames=("sizes", "slots", "draft_slots", "room", "top_k", "n_words"))
     def start(
         params,
         draft_params,
@@ -290,23 +289,22 @@ def _programs(step, new_cache, draft_step, draft_new_cache):
         ends,
         most,
         *,
+        sizes,
         slots,
         draft_slots,
         room,
         top_k,
         n_words,
     ):
-        B, P = prompts.shape
-        valid = jnp.arange(P, dtype=jnp.int32)[None] < lengths[:, None]
-        out, cache = step(params, new_cache(B, slots), prompts, valid)
-        _, draft_cache = draft_step(draft_params, draft_new_cache(B, draft_slots), prompts, valid)
+        B, W = prompts.shape
+        cache, draft_cache = model.new_cache(B, slots, params), draft.new_cache(B, draft_slots, draft_params)
+        logits, cache = read(model, params, cache, prompts, 0, lengths, sizes[0])
+        _, draft_cache = read(draft, draft_params, draft_cache, prompts, 0, lengths, sizes[1])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
         seen = jnp.zeros((B, n_words), bool) if "repetition_penalty" in settings else None
-        seen = mark(seen, prompts, valid)
+        seen = mark(seen, prompts, jnp.arange(W, dtype=jnp.int32)[None] < lengths[:, None])
         n = jnp.zeros(B, jnp.int32)
-        token, logprob = choose(
-            logits_at(out, lengths - 1, n_words), keys_of(keys, n, 1)[:, 0, 2], settings, top_k, seen
-        )
+        token, logprob = choose(logits[:, :n_words], keys_of(keys, n, 1)[:, 0, 2], settings, top_k, seen)
         return State(
             cache=cache,
             draft_cache=draft_cache,
@@ -327,7 +325,7 @@ def _programs(step, new_cache, draft_step, draft_new_cache):
         B, n = keys.shape
 
         def one(cache, fed, valid, seen, keys):
-            out, cache = draft_step(draft_params, cache, fed, valid)
+            out, cache = draft.step(draft_params, cache, fed, valid)
             logits = logits_at(out, jnp.full(B, fed.shape[1] - 1), n_words)
             q = distribution(logits, settings, top_k, seen)
             token = _draw(q, keys, settings)
@@ -360,7 +358,7 @@ def _programs(step, new_cache, draft_step, draft_new_cache):
 
         fed = jnp.concatenate([state.last[:, 1:], drafts], 1)
         length = state.cache.length
-        out, cache = step(params, state.cache, fed, live[:, None] & (places <= useful[:, None]))
+        out, cache = model.step(params, state.cache, fed, live[:, None] & (places <= useful[:, None]))
         logits = out.logits[..., :n_words]
         flat = None if seens is None else seens.reshape(-1, n_words)
         p = distribution(logits.reshape(-1, n_words), settings, top_k, flat).reshape(logits.shape)

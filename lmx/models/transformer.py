@@ -163,7 +163,8 @@ class Model(NamedTuple):
       a key turns dropout on.
     step(params, cache, tokens [B, t], valid [B, t] or None) -> (Out, cache): the next t tokens of each row;
       valid is False on right padding, which leaves no trace in the cache.
-    new_cache(batch_size, length) -> Cache with room for `length` tokens per row; more are dropped.
+    new_cache(batch_size, length, params=None) -> Cache with room for `length` tokens per row; more are dropped.
+      params: those it is for, if they are `unstacked`.
     """
 
     init: Callable
@@ -276,20 +277,17 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
             cache.positions.at[rows, slots].set(positions, mode="drop"),
             cache.segment_ids.at[rows, slots].set(1, mode="drop"),
         )
-        kv = cache.k, cache.v
-        if isinstance(params["blocks"], tuple):
-            kv = tuple(cache.k), tuple(cache.v)
         out, (k, v) = make(attend=over_cache, unroll=unroll_step).apply(
             {"params": params},
             tokens,
             Where(positions, valid.astype(jnp.int32)),
-            kv,
+            (cache.k, cache.v),
             slots,
             kv_where,
         )
         return out, Cache(k, v, *kv_where, cache.length + valid.sum(1, dtype=jnp.int32))
 
-    def new_cache(batch_size: int, length: int) -> Cache:
+    def new_cache(batch_size: int, length: int, params=None) -> Cache:
         _check_length(config, length)
         a = config.attention
         K, H = a.kv_heads, a.width(config.d_model)
@@ -297,6 +295,8 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
             jnp.zeros((config.n_layers, batch_size, K, *last), config.dtype)
             for last in ((H, length), (length, H))
         )
+        if params is not None and isinstance(params["blocks"], tuple):
+            k, v = tuple(k), tuple(v)
         empty = jnp.zeros((batch_size, length), jnp.int32)
         return Cache(k, v, empty, empty, jnp.zeros(batch_size, jnp.int32))
 

@@ -312,9 +312,7 @@ def test_vocabularies_of_other_sizes_serve_if_both_cover_the_tokenizer():
 
 def test_rounds_batches_and_temperatures_share_programs():
     target, draft = make(d_model=20, attention=AttentionConfig(n_heads=2)), make(11)
-    start, advance = speculative._programs(
-        target[0].step, target[0].new_cache, draft[0].step, draft[0].new_cache
-    )
+    start, advance = speculative._programs(target[0], draft[0])
     for n, t, most in ((1, 0.5, 5), (3, 0.9, 8), (9, 2.0, 6), (4, 0.7, 6)):
         sampling = Sampling(temperature=t, top_p=0.9, max_tokens=most, seed=n, stop=("q",))
         speculate(*target, BYTES, ["x" * n], sampling, draft=Draft(*draft, 3), chunk=1)
