@@ -8,9 +8,11 @@ What is measured, in tokens/s:
 
     prefill     a prompt of 512 tokens until its first new token
     decode      one row, 32 tokens of prompt, new tokens after the first
-    batch of B  twice as many questions as rows, of mixed lengths, each answered greedily in the model's chat format
-                until it ends by itself or has 96 tokens. Counted are answers' tokens. transformers answers B at a time
-                and waits for the longest; lmx and llama.cpp give a finished row's place to the next question.
+    decode x B  B rows with prompts of mixed lengths, 64 new tokens each after the first
+    answer x B  twice as many questions as rows, of mixed lengths, each answered greedily in the model's chat format
+                until it ends by itself or has 96 tokens. Counted are answers' tokens, the time is that of questions
+                too. transformers answers B at a time and waits for the longest; lmx and llama.cpp give a finished
+                row's place to the next question.
 
 lmx computes in float32, and with --dtypes in bfloat16; transformers in both; llama.cpp reads files that this script
 writes from the same weights, in F16 and Q8_0. Every contender is a process of its own that stays alive and idle while
@@ -79,7 +81,8 @@ def compare(asked) -> None:
         job = prepare(asked, Path(folder))
         contenders = {name: Contender(name, job, asked.peers) for name in asked.contenders}
         times: dict[str, dict[str, list[float]]] = {}
-        workloads = ["prefill", "decode", *(f"batch of {batch}" for batch in asked.batches)]
+        kinds = ("decode", "answer")
+        workloads = ["prefill", "decode", *(f"{kind} x {B}" for kind in kinds for B in asked.batches)]
         for workload in workloads:
             for i in range(asked.rounds + 1):
                 for name, contender in contenders.items():
@@ -235,15 +238,16 @@ def work(name: str, job: dict) -> None:
     runner = {"lmx": Lmx, "transformers": Transformers, "llama.cpp": LlamaCpp}[program](job, kind)
     for line in sys.stdin:
         workload = line.strip()
-        if workload.endswith("prefill"):
-            tokens, seconds = len(job["long"]), runner.seconds(job["long"], 1)
-        elif workload.endswith("decode"):
-            prompt = job["long"][:32]
-            seconds = runner.seconds(prompt, 1 + DECODE) - runner.seconds(prompt, 1)
-            tokens = DECODE
+        warm_up, workload = workload.startswith("warm up"), workload.removeprefix("warm up: ")
+        batch = int(workload.split()[-1]) if " x " in workload else 1
+        if workload == "prefill":
+            tokens, seconds = len(job["long"]), runner.seconds([job["long"]], 1)
+        elif workload.startswith("decode"):
+            prompts = [job["long"][:32]] if batch == 1 else job["prompts"][:batch]
+            seconds = runner.seconds(prompts, 1 + DECODE) - runner.seconds(prompts, 1)
+            tokens = DECODE * batch
         else:
-            batch = int(workload.split()[-1])
-            few = workload.startswith("warm up") and program != "lmx"
+            few = warm_up and program != "lmx"
             begin = time.perf_counter()
             tokens = runner.answer(job["prompts"][: batch // 4 if few else 2 * batch], batch)
             seconds = time.perf_counter() - begin
@@ -270,10 +274,10 @@ class Lmx:
         self._sampling, self._completions, self._stream = Sampling, completions, stream
         self._warm: set[int] = set()
 
-    def seconds(self, prompt: list[int], n: int) -> float:
+    def seconds(self, prompts: list[list[int]], n: int) -> float:
         begin = time.perf_counter()
-        found = dict(self._completions(*self._no_end, [prompt], self._sampling(0.0, max_tokens=n)))
-        assert len(found[0].tokens) == n
+        found = dict(self._completions(*self._no_end, prompts, self._sampling(0.0, max_tokens=n)))
+        assert all(len(completion.tokens) == n for completion in found.values())
         return time.perf_counter() - begin
 
     def answer(self, prompts: list[list[int]], batch: int) -> int:
@@ -299,9 +303,9 @@ class Transformers:
         self._model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=getattr(torch, dtype))
         self._torch, self._ends = torch, job["ends"]
 
-    def seconds(self, prompt: list[int], n: int) -> float:
+    def seconds(self, prompts: list[list[int]], n: int) -> float:
         begin = time.perf_counter()
-        self._generate([prompt], max_new_tokens=n, min_new_tokens=n)
+        self._generate(prompts, max_new_tokens=n, min_new_tokens=n)
         return time.perf_counter() - begin
 
     def answer(self, prompts: list[list[int]], batch: int) -> int:
@@ -328,18 +332,22 @@ class LlamaCpp:
     def __init__(self, job: dict, kind: str):
         self._job, self._file, self._server, self._rows = job, job[kind], None, 0
 
-    def seconds(self, prompt: list[int], n: int) -> float:
-        server = self._with(1)
+    def seconds(self, prompts: list[list[int]], n: int) -> float:
+        self._with(len(prompts))
         begin = time.perf_counter()
-        self._ask(server, prompt, n, ignore_eos=True)
+        assert self._answers(prompts, n, ignore_eos=True) == n * len(prompts)
         return time.perf_counter() - begin
 
     def answer(self, prompts: list[list[int]], batch: int) -> int:
-        server = self._with(batch)
-        with ThreadPoolExecutor(batch) as pool:
-            return sum(pool.map(lambda prompt: self._ask(server, prompt, NEW), prompts))
+        self._with(batch)
+        return self._answers(prompts, NEW)
 
-    def _with(self, rows: int):
+    def _answers(self, prompts: list[list[int]], n: int, **more) -> int:
+        """Tokens drawn in answer to all prompts, as many of them at once as the server has places."""
+        with ThreadPoolExecutor(self._rows) as pool:
+            return sum(pool.map(lambda prompt: self._ask(prompt, n, **more), prompts))
+
+    def _with(self, rows: int) -> None:
         """The server for so many rows at once: it reads its file anew when their number changes."""
         import xllamacpp
 
@@ -351,11 +359,10 @@ class LlamaCpp:
             params.n_ctx = rows * (self._job["context"] if rows == 1 else self._job["longest"])
             params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self._job["threads"]
             self._server, self._rows = xllamacpp.Server(params), rows
-        return self._server
 
-    def _ask(self, server, prompt: list[int], n: int, **more) -> int:
+    def _ask(self, prompt: list[int], n: int, **more) -> int:
         request = {"prompt": prompt, "n_predict": n, "temperature": 0, "cache_prompt": False}
-        found = server.handle_completions(request | more)
+        found = self._server.handle_completions(request | more)
         return found["usage"]["completion_tokens"]
 
 
