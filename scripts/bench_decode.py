@@ -14,10 +14,10 @@ What is measured, in tokens/s:
                 too. transformers answers B at a time and waits for the longest; lmx and llama.cpp give a finished
                 row's place to the next question.
 
-lmx computes in float32, and with --dtypes in bfloat16; transformers in both; llama.cpp reads files that this script
-writes from the same weights, in F16 and Q8_0. Every contender is a process of its own that stays alive and idle while
-others are measured, is warmed up on every shape, and is asked in turn, round after round: medians are given. lmx must
-compile nothing after its warm-up, and this is checked.
+lmx computes in float32, and in bfloat16 where --contenders asks for "lmx bfloat16"; transformers in both; llama.cpp
+reads files that this script writes from the same weights, in F16 and Q8_0. Every contender is a process of its own that
+stays alive and idle while others are measured, is warmed up on every shape, and is asked in turn, round after round:
+medians are given. lmx must compile nothing after its warm-up, and this is checked.
 
 The bandwidth is that of reading 1 GiB with all cores. A token at batch 1 reads every weight and its keys and values
 once; those bytes times tokens/s over the bandwidth is the share of what this machine can do at all.
@@ -385,6 +385,8 @@ def read_bandwidth(gib: int = 1, repeats: int = 5) -> float:
 
 def measure_preset(name: str) -> None:
     """Decode at batch 1 with random weights in bfloat16, against the bandwidth of the device."""
+    from dataclasses import replace
+
     import jax
     import jax.numpy as jnp
     from bench_train import describe_machine
@@ -393,37 +395,30 @@ def measure_preset(name: str) -> None:
     from lmx.generate import Sampling, generate
     from lmx.models import build, preset, unstacked
 
-    config = preset(name)
+    config = replace(preset(name), dtype="bfloat16")
     model = build(config)
-    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype("bfloat16"), model.init(key)))(
-        jax.random.key(0)
-    )
+    draw = jax.jit(lambda key: jax.tree.map(lambda x: x.astype("bfloat16"), model.init(key)))
+    params = draw(jax.random.key(0))
     nbytes = sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"].nbytes * (not config.tie_head)
-    tokenizer = Byte().train([""]).without("eos_token")
-    x = jnp.ones(2**28, jnp.float32)
-    total = jax.jit(jnp.sum)
-    bandwidth = 0.0
-    for _ in range(10):
+    endless = Byte().train([""]).without("eos_token").ending_with(())
+
+    def seconds(run) -> float:
         begin = time.perf_counter()
-        total(x).block_until_ready()
-        bandwidth = max(bandwidth, x.nbytes / (time.perf_counter() - begin))
+        run()
+        return time.perf_counter() - begin
+
+    x, total = jnp.ones(2**28, jnp.float32), jax.jit(jnp.sum)
+    bandwidth = x.nbytes / min(seconds(lambda: total(x).block_until_ready()) for _ in range(10))
     print(f"{describe_machine('jax')}, {jax.devices()[0].device_kind}; {bandwidth / 1e9:.0f} GB/s read")
     for form, tree in (("stacked", params), ("layer by layer", unstacked(params))):
-        seconds = {1: [], 1 + DECODE: []}
-        for _ in range(6):
-            for n, of in seconds.items():
-                of.append(
-                    timed(
-                        lambda n=n, tree=tree: generate(
-                            model, tree, tokenizer, ["a" * 32], Sampling(0.0, max_tokens=n)
-                        )
-                    )
-                )
-        one, many = (statistics.median(of[1:]) for of in seconds.values())
-        speed = DECODE / (many - one)
-        print(
-            f"{name} {form}: {speed:.1f} tokens/s at batch 1, {nbytes * speed / bandwidth:.0%} of the bandwidth"
-        )
+
+        def write(n, tree=tree):
+            generate(model, tree, endless, ["a" * 32], Sampling(0.0, max_tokens=n))
+
+        times = [(seconds(lambda: write(1)), seconds(lambda: write(1 + DECODE))) for _ in range(6)]
+        speed = DECODE / statistics.median(many - one for one, many in times[1:])
+        share = nbytes * speed / bandwidth
+        print(f"{name} {form}: {speed:.1f} tokens/s at batch 1, {share:.0%} of the bandwidth")
 
 
 if __name__ == "__main__":

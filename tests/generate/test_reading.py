@@ -47,7 +47,16 @@ def test_what_is_known_is_not_read_again():
 
 @pytest.mark.parametrize(
     "n, start, size",
-    [(1, 0, 16), (32, 0, 16), (40, 0, 64), (190, 0, 64), (200, 0, 256), (512, 0, 256), (1024, 0, 1024), (520, 512, 16)],
+    [
+        (1, 0, 16),
+        (32, 0, 16),
+        (40, 0, 64),
+        (190, 0, 64),
+        (200, 0, 256),
+        (512, 0, 256),
+        (1024, 0, 1024),
+        (520, 512, 16),
+    ],
 )
 def test_the_cheapest_size_is_chosen(n, start, size):
     assert piece(make()[0].config, n, start) == size
