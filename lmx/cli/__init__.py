@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     LMX_TRACE=1 shows where a mistake arose. Ctrl-C ends with status 130.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as `<&-` and some services do
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
     try:
         _dispatch(argv)
         sys.stdout.flush()

@@ -43,6 +43,11 @@ def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "convert")
     if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
         raise ValueError(f"{asked.out} is already there; name a new folder")
+    if asked.out.is_mount() or (asked.out.exists() and asked.out.samefile(".")):
+        raise ValueError(
+            f"{asked.out} is a mounted disk or the folder you are in, which a new one cannot replace; name a folder "
+            "in it"
+        )
     if (asked.source / "run.txt").exists():
         with _whole(asked.out) as folder:
             family = _release(asked, folder)
@@ -86,7 +91,8 @@ def _adopt(source: Path, folder: Path, out: Path) -> None:
     kept.mkdir()
     for name, text in found.beside().items():
         (kept / name).write_text(text, encoding="utf-8")
-    checkpoints = Checkpoints(folder / FOLDER, best=None, strict=True, made_from=found.files())
+    made_from, at = found.files(), out / FOLDER
+    checkpoints = Checkpoints(folder / FOLDER, best=None, strict=True, made_from=made_from, at=at)
     checkpoints.save(0, {"trainable": pretrained.load(found)}, {"source": str(source)})
     checkpoints.close()
 

@@ -63,6 +63,7 @@ class Options:
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "generate")
     from lmx.cli.chat import messages_to_ids
+    from lmx.generate.decode import prompt_ids
     from lmx.run import experiment, trained
     from lmx.text.normalize import normalize, strip_controls
     from lmx.train.loop import keep_compiled
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> None:
         ids = messages_to_ids(model, asked.run, asked.template)
         system = [] if asked.system is None else [{"role": "system", "content": asked.system}]
         read = [ids([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
+    read = prompt_ids(model.model, model.tokenizer, read, asked.sampling.max_tokens)  # before one is shown
     write = _written if asked.draft is None else _drafted
     for prompt, completion in write(model, prompts, read, asked):
         written.append({"prompt": prompt, "text": completion.text, "reason": completion.reason})

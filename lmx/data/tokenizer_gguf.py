@@ -40,12 +40,12 @@ def tokenizer_of(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     Raises: ValueError for a kind that is not known here, or metadata that disagree with each other.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
     if kind not in ("gpt2", "llama"):
         raise ValueError(f"{name}: tokenizer.ggml.model={kind!r:.99} is not known here; gpt2 and llama are")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
-        raise ValueError(f"{name}: tokenizer.ggml.tokens is not a list of tokens")
+    tokens = _list(metadata, "tokens", str, name)
+    if not tokens:
+        raise ValueError(f"{name}: tokenizer.ggml.tokens is not a list of tokens, but empty or missing")
+    types = _list(metadata, "token_type", int, name) or [NORMAL] * len(tokens)
     if len(tokens) > MAX_VOCAB or len(types) != len(tokens):
         raise ValueError(f"{name}: {len(tokens):,} tokens with {len(types):,} types; the file is damaged")
     layout = (_byte_level if kind == "gpt2" else _sentencepiece)(metadata, tokens, name)
@@ -61,6 +61,14 @@ def tokenizer_of(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     with told(f"{name}: no tokenizer that tokenizers {tokenizers.__version__} knows", "fetch the file again"):
         rust = tokenizers.Tokenizer.from_str(json.dumps(layout))
     return Tokenizer(rust, {named[role]: token for role, token in roles.items()}, name)
+
+
+def _list(metadata: Mapping[str, Any], key: str, kind: Any, name: str) -> list[Any]:
+    """The list under a key, empty if there is none. Raises: ValueError for anything else."""
+    found = metadata.get(f"tokenizer.ggml.{key}", [])
+    if not isinstance(found, list) or not all(isinstance(value, kind) for value in found):
+        raise ValueError(f"{name}: tokenizer.ggml.{key}={found!r:.99} is not a list of {key}")
+    return found
 
 
 def begins(metadata: Mapping[str, Any]) -> bool:
@@ -79,7 +87,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], name: str) -> di
             "would be others than the model has learned"
         )
     pattern, single_digits = CUTS[pre]
-    merges = metadata.get("tokenizer.ggml.merges") or []
+    merges = _list(metadata, "merges", str, name)
     digits = [{"type": "Digits", "individual_digits": True}] if single_digits else []
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -98,7 +106,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], name: str) -> di
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], name: str) -> dict[str, Any]:
-    scores = metadata.get("tokenizer.ggml.scores") or []
+    scores = _list(metadata, "scores", float | int, name)
     if len(scores) != len(tokens):
         raise ValueError(f"{name}: {len(tokens):,} tokens with {len(scores):,} scores; the file is damaged")
     vocab = _ids(tokens, name)

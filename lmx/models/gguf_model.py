@@ -17,11 +17,11 @@ from lmx.data import Tokenizer
 from lmx.data.tokenizer_gguf import begins, token_of, tokenizer_of
 from lmx.formats import Tensor
 from lmx.formats.gguf import Gguf
-from lmx.models.families import FAMILIES, Family, Fields, check_counts
+from lmx.models.families import FAMILIES, Family, Fields, check_counts, config_of
 from lmx.models.families.mixture import MIXTRAL
 from lmx.models.transformer import TransformerConfig
 from lmx.models.weight_map import Entry
-from lmx.ops.position import Divided
+from lmx.ops.position import Divided, RoPE
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -83,11 +83,11 @@ def describe(file: Gguf, name: str) -> tuple[Family, dict[str, Any], Transformer
     family = FAMILIES[found["model_type"]]
     experts = sum(x.shape[0] for x in file.tensors.values() if len(x.shape) == 3)
     check_counts(found, len(file.tensors) + experts, name)
-    fields = Fields(found, name)
-    config = family.config(fields)
-    fields.finish()
+    config = config_of(family, Fields(found, name))
     config = replace(config, norm=replace(config.norm, offset=0.0))
     if DIVISORS in file.tensors:
+        if not isinstance(config.position, RoPE):
+            raise ValueError(f"{name}: {DIVISORS} has no counterpart in a model with {config.position}")
         divisors = tuple(file.tensors[DIVISORS].read().astype(float).tolist())
         config = replace(config, position=replace(config.position, scaling=Divided(divisors)))
     return family, found, config, _entries(family, config, file.architecture)
@@ -111,7 +111,7 @@ def beside(file: Gguf) -> dict[str, str]:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {"add_bos_token": begins(said)} | {role: token for role, token in roles.items() if token}
     ends = [said.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-    ids = [*dict.fromkeys(i for i in ends if i is not None)]
+    ids = [i for at, i in enumerate(ends) if i is not None and i not in ends[:at]]
     found = {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2)}
     found |= {"generation_config.json": json.dumps({"eos_token_id": ids}, indent=2)} if ids else {}
     template = said.get("tokenizer.chat_template")
@@ -168,7 +168,7 @@ def _described(file: Gguf, name: str, of: Callable[..., Any]) -> dict[str, Any]:
         "head_dim": of("attention.key_length"),
         "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": of("context_length"),
-        "rope_parameters": _rope(of),
+        "rope_parameters": _rope(of, Fields(file.metadata, name), a),
     }
     window = of("attention.sliding_window") or None
     if a in ("llama", "phi3") or a.startswith("gemma"):
@@ -185,6 +185,8 @@ def _described(file: Gguf, name: str, of: Callable[..., Any]) -> dict[str, Any]:
         found |= {"moe_intermediate_size": of("expert_feed_forward_length"), "norm_topk_prob": True}
     if a.startswith("gemma"):
         found["query_pre_attn_scalar"] = found["head_dim"]
+        if (a, found["num_hidden_layers"]) in (("gemma2", 46), ("gemma3", 62)):  # of 27B, which no key says
+            found["query_pre_attn_scalar"] = found["hidden_size"] // found["num_attention_heads"]
     if a == "gemma2":
         found["attn_logit_softcapping"] = of("attn_logit_softcapping", 50.0)
         found["final_logit_softcapping"] = of("final_logit_softcapping", 30.0)
@@ -196,11 +198,14 @@ def _described(file: Gguf, name: str, of: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def _rope(of: Callable[..., Any]) -> dict[str, Any]:
+def _rope(of: Callable[..., Any], f: Fields, a: str) -> dict[str, Any]:
     kind = of("rope.scaling.type", "none")
     found = {"rope_theta": of("rope.freq_base", 1e4), "rope_type": "default" if kind == "none" else kind}
-    dims, H = of("rope.dimension_count"), of("attention.key_length")
-    if dims is not None and H is not None and dims != H:
+    of("rope.dimension_count")
+    D, heads = f(f"{a}.embedding_length", int), f(f"{a}.attention.head_count", int)
+    H = f(f"{a}.attention.key_length", int, D // max(heads, 1))
+    dims = f(f"{a}.rope.dimension_count", int, H)
+    if H and dims != H:
         found["partial_rotary_factor"] = dims / H
     if kind != "none":
         found["factor"] = of("rope.scaling.factor")

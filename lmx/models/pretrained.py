@@ -25,7 +25,7 @@ from lmx.formats import Tensor, gguf, safetensors
 from lmx.formats.gguf import Gguf
 from lmx.mesh import shardings
 from lmx.models import gguf_model, weight_map
-from lmx.models.families import FAMILIES, Family, Fields, check_counts
+from lmx.models.families import FAMILIES, Family, Fields, check_counts, config_of
 from lmx.models.transformer import RULES, TransformerConfig, build
 from lmx.models.weight_map import Entry
 
@@ -158,7 +158,7 @@ def find(path: str | Path) -> Pretrained:
         family = _family(found, path)
         tensors = safetensors.read(path)
         check_counts(found, len(tensors), str(path / "config.json"))
-        config = _valid(family, Fields(found, str(path / "config.json")))
+        config = config_of(family, Fields(found, str(path / "config.json")))
         entries = family.entries(config)
         tensors = {name: x for name, x in tensors.items() if not name.endswith(BUFFERS)}
         entries = _as_named(tensors, entries)
@@ -294,15 +294,6 @@ def _family(found: Mapping[str, Any], path: Path) -> Family:
             f"{path / 'config.json'}: model_type={kind!r:.99} is none of {', '.join(FAMILIES)}{code}"
         )
     return FAMILIES[kind]
-
-
-def _valid(family: Family, asked: Fields) -> TransformerConfig:
-    try:
-        config = family.config(asked)
-    except ValueError as error:
-        raise ValueError(str(error) if asked.where in str(error) else f"{asked.where}: {error}") from None
-    asked.finish()
-    return config
 
 
 def _as_named(tensors, entries):

@@ -57,6 +57,7 @@ class Checkpoints:
       skip: pattern of paths that are not saved; `restore` leaves them as they are in `like`.
       strict: a failed save raises OSError at the next `save`, `wait` or `close` instead of a warning.
       wait_seconds: how long a process waits for the others at the end of a save.
+      at: the path to write into the artifacts, where the folder gets its final name only later.
     Attributes: `failed`, the number of saves that failed; `problem`, why the last one did, or None.
     Raises: OSError (PermissionError, NotADirectoryError, ...) at once if the folder cannot be written.
     """
@@ -71,12 +72,14 @@ class Checkpoints:
         skip: str = "constants/*",
         strict: bool = False,
         wait_seconds: int = 600,
+        at: str | Path | None = None,
     ):
         if keep < 1:
             raise ValueError(f"Checkpoints: keep={keep} would delete every checkpoint; use 1 or more")
         self.folder, self.keep, self.best = Path(folder).absolute(), keep, best
         self.made_from = tuple(artifact.find(p) for p in made_from)
         self.skip, self.strict, self.wait_seconds = skip, strict, wait_seconds
+        self.at = Path(at or folder).absolute()
         self.failed, self.problem = 0, None
         self._saving, self._error = None, None
         self._start, self._own = -1, set()
@@ -211,7 +214,7 @@ class Checkpoints:
         try:
             writer.wait_until_finished()
             if self._error is None and jax.process_index() == 0:
-                stored.seal(partial, text, final, self.made_from)
+                stored.seal(partial, text, self.at / str(step), self.made_from)
                 for newer in self.steps():
                     if newer > self._start and newer not in self._own:
                         self._set_aside(newer, "aside")

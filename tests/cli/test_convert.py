@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmx import artifact
+from lmx import artifact, cli
 from lmx.data import Word
 from lmx.formats import safetensors
 
@@ -41,7 +41,9 @@ def test_there_and_back_changes_nothing(released, tmp_path, lmx):
         elif path.suffix == ".jinja":
             assert (back / path.name).read_bytes() == path.read_bytes()
     kinds = [line.split()[0] for line in lmx("explain", run).splitlines()]
-    assert kinds == ["checkpoint", "file"] and artifact.read(run / "checkpoints/0").made_from
+    made = artifact.read(run / "checkpoints/0")
+    assert kinds == ["checkpoint", "file"] and made.made_from
+    assert made.path == str(run / "checkpoints/0")
 
 
 def test_a_released_model_is_used_as_it_is_and_as_a_run(released, tmp_path, lmx, refused):
@@ -68,6 +70,20 @@ def test_mistakes_are_told(released, tmp_path, refused):
     (released / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
     assert "hidden_act='relu' has no counterpart" in refused("convert", released, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_generate_shows_no_prompt_that_it_refuses(released, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", str(released), "\udcff"])
+    shown = capsys.readouterr()
+    assert not shown.out and "lone surrogate" in shown.err
+
+
+def test_the_folder_one_is_in_is_not_replaced(released, tmp_path, monkeypatch, refused):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "the folder you are in" in refused("convert", released, ".")
+    assert Path.cwd().samefile(".") and not any(Path.cwd().iterdir())
 
 
 def test_code_in_a_model_is_never_run(released, tmp_path, lmx):

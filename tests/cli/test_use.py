@@ -176,6 +176,14 @@ def test_generate_reads_a_prompt_from_standard_input(run, lmx, monkeypatch):
     assert lmx("generate", run[0], "-", "--max-tokens", "0") == "नदी\n"
 
 
+@pytest.mark.parametrize("name", ["stdin", "stdout"])
+def test_a_closed_stream_is_an_empty_one(name, run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("To be"))
+    monkeypatch.setattr(sys, name, None)
+    cli.main(["generate", str(run[0]), "-", "--max-tokens", "2"])
+    getattr(sys, name).close()
+
+
 def test_tokenizers_are_compared_on_hindi(lmx, tmp_path):
     kinds = ("byte", "grapheme", "bpe")
     table = lmx(

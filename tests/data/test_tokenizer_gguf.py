@@ -88,6 +88,12 @@ def test_byte_level_pairs_give_the_ids_they_were_trained_to(pattern, pre):
         ({"tokenizer.ggml.tokens": [1, 2]}, "is not a list of tokens"),
         ({"tokenizer.ggml.scores": [0.0]}, r"274 tokens with 1 scores"),
         ({"tokenizer.ggml.token_type": [1]}, r"274 tokens with 1 types"),
+        ({"tokenizer.ggml.token_type": 1}, "token_type=1 is not a list of token_type"),
+        ({"tokenizer.ggml.scores": ["a"] * 274}, "is not a list of scores"),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": [1]},
+            "is not a list of merges",
+        ),
         ({"tokenizer.ggml.tokens": [*PIECES[:-1], "a"]}, "the token 'a' comes twice"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import gguf
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from test_families import FOLDER
 
+from lmx.formats import gguf as gguf_format
 from lmx.formats import safetensors
 from lmx.models import build, pretrained
 from lmx.models import gguf_model as ours
@@ -36,8 +38,8 @@ ARCHITECTURES = {
 TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(45))]
 
 
-def written(name, path, **changed):
-    """The GGUF file of a case; `changed` replaces metadata."""
+def written(name, path, more=None, **changed):
+    """The GGUF file of a case, with `more` tensors; `changed` replaces metadata."""
     architecture = ARCHITECTURES[name]
     config = json.loads((FOLDER / name / "config.json").read_text())
     kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
@@ -56,6 +58,8 @@ def written(name, path, **changed):
     for theirs, x in with_experts_joined(safetensors.read(FOLDER / name)).items():
         stem, _, ending = theirs.rpartition(".")
         writer.add_tensor(f"{names.get_name(stem)}.{ending}", laid_out(architecture, config, theirs, x))
+    for key, x in (more or {}).items():
+        writer.add_tensor(key, x)
     if name == "llama3":
         writer.add_tensor("rope_freqs.weight", divisors(config))
     writer.write_header_to_file()
@@ -149,7 +153,7 @@ def test_logits(name, tmp_path):
         ({"block_count": 10**9}, "num_hidden_layers=1,000,000,000, but the file has 21 tensors"),
         ({"embedding_length": 32}, "shape"),
         ({"feed_forward_length": None}, "intermediate_size is missing"),
-        ({"attention.head_count": "four"}, "num_attention_heads is 'four', not a whole number from 0"),
+        ({"attention.head_count": "four"}, "llama.attention.head_count is 'four', not a whole number from 0"),
         ({"attention.head_count": 3}, "n_heads=3 is not a multiple of n_kv_heads=2"),
         (
             {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0},
@@ -159,7 +163,11 @@ def test_logits(name, tmp_path):
         ({"expert_shared_count": 1}, "no counterpart in lmx for llama.expert_shared_count=1"),
         ({"attention.value_length": 8}, "value_length differs"),
         ({"rope.scaling.attn_factor": 1.5}, "no counterpart in lmx for attn_factor=1.5"),
-        ({"attention.layer_norm_rms_epsilon": -1.0}, "eps"),
+        ({"attention.layer_norm_rms_epsilon": -1.0}, "model.gguf: NormConfig: eps"),
+        ({"attention.key_length": "four"}, "llama.attention.key_length is 'four', not a whole number"),
+        ({"attention.key_length": 0}, "head_dim"),
+        ({"rope.dimension_count": -1.5}, "llama.rope.dimension_count is -1.5, not a whole number"),
+        ({"attention.sliding_window": 2**32 - 1}, "sliding_window is 4294967295, not a whole number from 0"),
     ],
 )
 def test_what_does_not_fit_is_named(changed, message, tmp_path):
@@ -171,3 +179,44 @@ def test_an_unknown_architecture_is_named(tmp_path):
     path = written("llama", tmp_path / "model.gguf", **{"general.architecture": "llamb"})
     with pytest.raises(ValueError, match=f"architecture 'llamb' is none of {', '.join(ours.ARCHITECTURES)}"):
         pretrained.find(path)
+
+
+def test_a_part_of_each_head_turns_without_a_key_for_its_size(tmp_path):
+    """As llama.cpp's converter writes Phi 3: rope.dimension_count alone."""
+    given, left = (
+        pretrained.find(written("phi3-partial", tmp_path / f"{i}.gguf", **changed)).config
+        for i, changed in enumerate(({}, {"attention.key_length": None}))
+    )
+    assert given.position.fraction == 0.5 and left == given
+
+
+def test_divisors_without_rotation_are_refused(tmp_path):
+    path = written("gpt2", tmp_path / "model.gguf", more={"rope_freqs.weight": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match=r"model\.gguf: rope_freqs\.weight has no counterpart"):
+        pretrained.find(path)
+
+
+@pytest.mark.parametrize("name, n_layers", [("gemma2-caps", 46), ("gemma3", 62)])
+def test_scores_of_gemma_27b_are_divided_by_its_width_per_head(name, n_layers, tmp_path):
+    """As llama.cpp does, which knows these models by their number of layers (llama-model.cpp, f_attention_scale)."""
+    tensors = gguf_format.read(written(name, tmp_path / "few.gguf")).tensors
+    one = {key: x.read() for key, x in tensors.items() if key.startswith("blk.0.")}
+    n = json.loads((FOLDER / name / "config.json").read_text())["num_hidden_layers"]
+    more = {key.replace("blk.0.", f"blk.{i}."): x for i in range(n, n_layers) for key, x in one.items()}
+    few, many = (
+        pretrained.find(path).fields
+        for path in (
+            tmp_path / "few.gguf",
+            written(name, tmp_path / "27b.gguf", block_count=n_layers, more=more),
+        )
+    )
+    assert few["query_pre_attn_scalar"] == few["head_dim"]
+    assert (
+        many["query_pre_attn_scalar"] == many["hidden_size"] / many["num_attention_heads"] != many["head_dim"]
+    )
+
+
+def test_ends_that_are_no_ids_are_told():
+    said = ours.beside(gguf_format.Gguf("llama", {"tokenizer.ggml.eos_token_id": [2]}, {}))
+    with pytest.raises(ValueError, match=r"eos_token_id=\[\[2\]\]; use an id"):
+        pretrained.end_ids(said, Path("model.gguf"))

@@ -21,6 +21,16 @@ class Family(NamedTuple):
     entries: Callable[[TransformerConfig], list[Entry]]
 
 
+def config_of(family: Family, asked: Fields) -> TransformerConfig:
+    """The config that fields say. Raises: ValueError naming where they are, for what does not fit or is not read."""
+    try:
+        config = family.config(asked)
+    except ValueError as error:
+        raise ValueError(str(error) if asked.where in str(error) else f"{asked.where}: {error}") from None
+    asked.finish()
+    return config
+
+
 def activation(f: Fields, name: str, default: str, known: dict[str, str]) -> str:
     """Our name of an activation. Raises: ValueError if we have no such."""
     f.only(name, *known)

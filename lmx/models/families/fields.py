@@ -28,7 +28,7 @@ HARMLESS = frozenset(
 
 
 KINDS = {
-    int: "a whole number from 0",
+    int: "a whole number from 0, below 2**31",
     float: "a number",
     str: "a text",
     bool: "true or false",
@@ -62,7 +62,7 @@ class Fields:
             return default
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (kind is int and not 0 <= value < 2**31):
             raise ValueError(f"{self.where}: {name} is {value!r:.99}, not {KINDS[kind]}")
         return value
 
