@@ -66,6 +66,8 @@ def _whole(out: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} was filled by another process in the meantime; name a new folder")
         if out.exists():
             out.rmdir()
         folder.rename(out)

@@ -72,6 +72,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--samples {asked.samples} --batch-size {asked.batch_size}: give at least 1")
     if not asked.chat and (asked.system is not None or asked.template is not None):
         raise ValueError("--system and --template say how a message is put to the model; add --chat")
+    if asked.save and asked.run.is_file():
+        raise ValueError(
+            f"--save writes into a run's folder, and {asked.run} is a file; use --json, or convert it"
+        )
     prompts = [prompt for prompt in _prompts(asked) for _ in range(asked.samples)]
     if asked.source is not None:
         experiment(asked.source)

@@ -186,7 +186,7 @@ def _described(file: Gguf, name: str, of: Callable[..., Any]) -> dict[str, Any]:
     if a.startswith("gemma"):
         found["query_pre_attn_scalar"] = found["head_dim"]
         if (a, found["num_hidden_layers"]) in (("gemma2", 46), ("gemma3", 62)):  # of 27B, which no key says
-            found["query_pre_attn_scalar"] = found["hidden_size"] // found["num_attention_heads"]
+            found["query_pre_attn_scalar"] = found["hidden_size"] // max(found["num_attention_heads"], 1)
     if a == "gemma2":
         found["attn_logit_softcapping"] = of("attn_logit_softcapping", 50.0)
         found["final_logit_softcapping"] = of("final_logit_softcapping", 30.0)

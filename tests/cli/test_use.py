@@ -171,6 +171,11 @@ def test_generate_takes_a_batch_from_a_file_and_keeps_it(run, lmx, tmp_path):
     assert "The river" in (copy / "report.html").read_text(encoding="utf-8")
 
 
+def test_what_cannot_be_saved_is_refused_before_it_is_written(refused, tmp_path):
+    (tmp_path / "model.gguf").touch()
+    assert "is a file; use --json" in refused("generate", tmp_path / "model.gguf", "a", "--save")
+
+
 def test_generate_reads_a_prompt_from_standard_input(run, lmx, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("नदी\n"))
     assert lmx("generate", run[0], "-", "--max-tokens", "0") == "नदी\n"
