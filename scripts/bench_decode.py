@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--contenders", nargs="*", default=["lmx float32", *PEERS], help="default: %(default)s"
     )
+    parser.add_argument("--kinds", nargs="*", default=["decode", "answer"], help="of work in batches")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="a JSON file of all figures")
@@ -81,8 +82,8 @@ def compare(asked) -> None:
         job = prepare(asked, Path(folder))
         contenders = {name: Contender(name, job, asked.peers) for name in asked.contenders}
         times: dict[str, dict[str, list[float]]] = {}
-        kinds = ("decode", "answer")
-        workloads = ["prefill", "decode", *(f"{kind} x {B}" for kind in kinds for B in asked.batches)]
+        workloads = [f"{kind} x {B}" for kind in asked.kinds for B in asked.batches]
+        workloads = ["prefill", "decode", *workloads]
         for workload in workloads:
             for i in range(asked.rounds + 1):
                 for name, contender in contenders.items():
@@ -240,14 +241,15 @@ def work(name: str, job: dict) -> None:
         workload = line.strip()
         warm_up, workload = workload.startswith("warm up"), workload.removeprefix("warm up: ")
         batch = int(workload.split()[-1]) if " x " in workload else 1
+        few = warm_up and program != "lmx"  # which compiles nothing
         if workload == "prefill":
             tokens, seconds = len(job["long"]), runner.seconds([job["long"]], 1)
         elif workload.startswith("decode"):
+            batch = -(-batch // 4) if few else batch
             prompts = [job["long"][:32]] if batch == 1 else job["prompts"][:batch]
             seconds = runner.seconds(prompts, 1 + DECODE) - runner.seconds(prompts, 1)
             tokens = DECODE * batch
         else:
-            few = warm_up and program != "lmx"
             begin = time.perf_counter()
             tokens = runner.answer(job["prompts"][: batch // 4 if few else 2 * batch], batch)
             seconds = time.perf_counter() - begin
