@@ -162,8 +162,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_template_that_means_harm_is_told(name, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     source, told = HOSTILE[name]
+    if told != "more memory":  # which a slow machine takes its time to fill
+        monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     start = time.perf_counter()
     if told is None:
         assert ChatTemplate(source).render(HELLO) == "False"
