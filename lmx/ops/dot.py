@@ -59,7 +59,8 @@ def rows_by(x: Float[Array, "*b K"], w: Float[Array, "M K"]) -> Float[Array, "*b
     """x w^T, in the dtype of the sums.
 
     XLA:CPU copies the second factor of each product into an order of its own, so that 4 to 32 rows take 1.4 to 1.7
-    times as long as x w^T than as (w x^T)^T (`scripts/bench_rows.py`). The barrier keeps XLA from turning the latter into the former.
+    times as long as x w^T than as (w x^T)^T (`scripts/bench_rows.py`). The barrier keeps XLA from turning the latter
+    into the former.
     """
     rows = math.prod(x.shape[:-1])
 
