@@ -65,7 +65,7 @@ def topology_devices(topology: str) -> list:
     single = {"chips_per_host_bounds": [1, 1, 1]} if re.fullmatch(r".*:1(x1)*", topology) else {}
     try:
         return list(topologies.get_topology_desc(topology_name=topology, platform="tpu", **single).devices)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # what libtpu and jax refuse it with
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"topology {topology!r} is not known to libtpu: {reason}; try v5e:2x2 or v5p:2x2x1"

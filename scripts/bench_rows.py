@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=576)
     parser.add_argument("--d-ff", type=int, default=1536)
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 48])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 48, 64, 128])
     parser.add_argument("--repeats", type=int, default=7)
     asked = parser.parse_args()
     print(describe_machine("jax"))

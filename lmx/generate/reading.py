@@ -40,8 +40,8 @@ def piece(config, n: int, start: int = 0) -> int:
     limit = config.position.max_len()
     sizes = [size for size in SIZES if limit is None or size <= limit] or [limit]
     size = min(sizes, key=lambda size: -(-(n - start) // size) * (size + COST))
-    whole = all(keeps(config.attention.mask, at) for at in range(start + size, n, size))
-    return size if whole else bucket(n - start, limit)
+    kept = all(keeps(config.attention.mask, at) for at in range(start + size, n, size))
+    return size if kept else bucket(n - start, limit)
 
 
 def padded(ids: Sequence[Sequence[int]], width: int) -> tuple[Int[np.ndarray, "R W"], Int[np.ndarray, " R"]]:

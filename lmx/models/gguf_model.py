@@ -121,17 +121,17 @@ def beside(file: Gguf) -> dict[str, str]:
 def _fields(file: Gguf, name: str) -> dict[str, Any]:
     """Raises: ValueError for keys of the architecture that have no counterpart, by name."""
     a = file.architecture
-    left = {key: value for key, value in file.metadata.items() if key.startswith(f"{a}.")}
+    said = Fields({key: value for key, value in file.metadata.items() if key.startswith(f"{a}.")}, name)
+    said.asked |= {f"{a}.{key}" for key in IDLE}
 
-    def of(key: str, default: Any = None) -> Any:
-        left.pop(f"{a}.{key}", None)
-        return file.metadata.get(f"{a}.{key}", default)
+    def of(key: str, default: Any = None, kind: type | None = None) -> Any:
+        if kind is not None:
+            return said(f"{a}.{key}", kind, default)
+        said.asked.add(f"{a}.{key}")
+        return said.found.get(f"{a}.{key}", default)
 
     found = _described(file, name, of)
-    unread = {key: x for key, x in left.items() if key.removeprefix(f"{a}.") not in IDLE and x not in (0, [])}
-    if unread:
-        told = ", ".join(f"{key}={value!r:.60}" for key, value in unread.items())
-        raise ValueError(f"{name}: no counterpart in lmx for {told}")
+    said.finish()
     return found
 
 
@@ -168,7 +168,7 @@ def _described(file: Gguf, name: str, of: Callable[..., Any]) -> dict[str, Any]:
         "head_dim": of("attention.key_length"),
         "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": of("context_length"),
-        "rope_parameters": _rope(of, Fields(file.metadata, name), a),
+        "rope_parameters": _rope(of),
     }
     window = of("attention.sliding_window") or None
     if a in ("llama", "phi3") or a.startswith("gemma"):
@@ -198,13 +198,12 @@ def _described(file: Gguf, name: str, of: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def _rope(of: Callable[..., Any], f: Fields, a: str) -> dict[str, Any]:
+def _rope(of: Callable[..., Any]) -> dict[str, Any]:
     kind = of("rope.scaling.type", "none")
     found = {"rope_theta": of("rope.freq_base", 1e4), "rope_type": "default" if kind == "none" else kind}
-    of("rope.dimension_count")
-    D, heads = f(f"{a}.embedding_length", int), f(f"{a}.attention.head_count", int)
-    H = f(f"{a}.attention.key_length", int, D // max(heads, 1))
-    dims = f(f"{a}.rope.dimension_count", int, H)
+    D, heads = of("embedding_length", ..., int), of("attention.head_count", ..., int)
+    H = of("attention.key_length", D // max(heads, 1), int)
+    dims = of("rope.dimension_count", H, int)
     if H and dims != H:
         found["partial_rotary_factor"] = dims / H
     if kind != "none":
