@@ -1,5 +1,42 @@
 """Weights: leaves that know how to multiply. A plain array is the simplest of them."""
 
-from lmx.weights.base import Transposed, Weight, dense, leaf, linear, lookup, shape_of, static
+from lmx.weights.base import (
+    Transposed,
+    Weight,
+    dense,
+    leaf,
+    linear,
+    linear_transposed,
+    lookup,
+    over,
+    shape_of,
+    static,
+)
+from lmx.weights.fake import Fake
+from lmx.weights.low_rank import Bank, Dora, LowRank, Vera
+from lmx.weights.masked import Masked
+from lmx.weights.quantized import NF4, Quantized, quantize
+from lmx.weights.rotated import Rotated
 
-__all__ = ["Transposed", "Weight", "dense", "leaf", "linear", "lookup", "shape_of", "static"]
+__all__ = [
+    "NF4",
+    "Bank",
+    "Dora",
+    "Fake",
+    "LowRank",
+    "Masked",
+    "Quantized",
+    "Rotated",
+    "Transposed",
+    "Vera",
+    "Weight",
+    "dense",
+    "leaf",
+    "linear",
+    "linear_transposed",
+    "lookup",
+    "over",
+    "quantize",
+    "shape_of",
+    "static",
+]

@@ -6,13 +6,16 @@ A matrix is stored [d_in, d_out]; a stack of layers leads with [L, ...] in every
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import dataclass_transform
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmx.ops.matmul import matmul, matmul_transposed
+
+Part = Any
+"""A field of a `leaf`: an array or a weight, or what stands for it in a tree of specs, shardings or gradients."""
 
 
 class Weight:
@@ -27,9 +30,19 @@ class Weight:
         """x times the matrix, computed in the dtype of x; the result has `dtype`, None meaning that of x."""
         return matmul(x, self.dense(), dtype)
 
+    def linear_transposed(
+        self, x: Float[Array, "*B d_out"], dtype: str | None = None
+    ) -> Float[Array, "*B d_in"]:
+        """x times the transpose of the matrix, as `linear`."""
+        return matmul_transposed(x, self.dense(), dtype)
+
     def lookup(self, ids: Int[Array, "*B"]) -> Float[Array, "*B d_out"]:
         """Rows of the matrix, float32."""
         return self.dense()[ids]
+
+    def columns(self, ids: Int[Array, "*B"]) -> Float[Array, "*B d_in"]:
+        """Columns of the matrix, each as a row, float32."""
+        return jnp.swapaxes(self.dense(), -1, -2)[ids]
 
     def dense(self) -> Float[Array, "*L d_in d_out"]:
         """The matrix as a plain float32 array."""
@@ -50,11 +63,17 @@ def static(**options):
     return field(metadata={"static": True}, **options)
 
 
+def over(*axes: str | None, **options):
+    """A field of a `leaf` whose last axes run "in" over the inputs of the matrix, "out" over its outputs, or None
+    over neither: a mesh splits them as it splits the matrix. A field that is a weight itself has no axes."""
+    return field(metadata={"axes": axes}, **options)
+
+
 @leaf
 class Transposed(Weight):
     """The transpose of `base` [d_out, d_in]: a head [D, V] that shares the embedding [V, D]."""
 
-    base: Array | Weight
+    base: Part
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,7 +81,20 @@ class Transposed(Weight):
         return (*lead, d_in, d_out)
 
     def linear(self, x, dtype=None):
-        return matmul_transposed(x, dense(self.base), dtype)
+        return linear_transposed(x, self.base, dtype)
+
+    def linear_transposed(self, x, dtype=None):
+        return linear(x, self.base, dtype)
+
+    def lookup(self, ids):
+        return (
+            self.base.columns(ids)
+            if isinstance(self.base, Weight)
+            else jnp.moveaxis(self.base[:, ids], 0, -1)
+        )
+
+    def columns(self, ids):
+        return lookup(self.base, ids)
 
     def dense(self):
         return jnp.swapaxes(dense(self.base), -1, -2)
@@ -76,6 +108,13 @@ def linear(
     dtype: of the result; None means that of x. Logits ask for "float32" and are never rounded to less.
     """
     return w.linear(x, dtype) if isinstance(w, Weight) else matmul(x, w, dtype)
+
+
+def linear_transposed(
+    x: Float[Array, "*B d_out"], w: Array | Weight, dtype: str | None = None
+) -> Float[Array, "*B d_in"]:
+    """x @ w^T, computed as `linear`."""
+    return w.linear_transposed(x, dtype) if isinstance(w, Weight) else matmul_transposed(x, w, dtype)
 
 
 def lookup(w: Array | Weight, ids: Int[Array, "*B"]) -> Float[Array, "*B d_out"]:

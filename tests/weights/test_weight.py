@@ -9,29 +9,8 @@ import pytest
 
 from lmx import tree
 from lmx.nn import Linear
-from lmx.weights import Transposed, Weight, dense, leaf, linear, lookup, shape_of, static
+from lmx.weights import LowRank, Transposed, Weight, dense, leaf, linear, lookup, shape_of
 from lmx.weights.surgery import Surgery, chain
-
-
-@leaf
-class LowRank(Weight):
-    """base + a b * alpha / R, as in Hu et al. 2021."""
-
-    base: jax.Array | Weight
-    a: jax.Array
-    b: jax.Array
-    alpha: float = static(default=2.0)
-
-    @property
-    def shape(self):
-        return shape_of(self.base)
-
-    def linear(self, x, dtype=None):
-        scale = jnp.asarray(self.alpha / self.a.shape[-1], dtype or x.dtype)
-        return linear(x, self.base, dtype) + linear(linear(x, self.a), self.b, dtype) * scale
-
-    def dense(self):
-        return dense(self.base) + self.a @ self.b * (self.alpha / self.a.shape[-1])
 
 
 @leaf
@@ -55,7 +34,7 @@ def normal(seed, *shape):
 
 def low_rank(base=None, lead=()):
     return LowRank(
-        normal(0, *lead, 6, 5) if base is None else base, normal(1, *lead, 6, 2), normal(2, *lead, 2, 5)
+        normal(0, *lead, 6, 5) if base is None else base, normal(1, *lead, 6, 2), normal(2, *lead, 2, 5), 2.0
     )
 
 
@@ -71,7 +50,7 @@ def kinds(lead=()):
         "signs": signs(lead),
         "low rank on signs": low_rank(signs(lead), lead),
         "transposed low rank": Transposed(
-            LowRank(normal(0, *lead, 5, 6), normal(1, *lead, 5, 2), normal(2, *lead, 2, 6))
+            LowRank(normal(0, *lead, 5, 6), normal(1, *lead, 5, 2), normal(2, *lead, 2, 6), 2.0)
         ),
     }
 
