@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from lmx.ops.matmul import matmul
 from lmx.weights.base import Part, Weight, leaf, over, static

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
 
 from lmx.ops.matmul import matmul
 from lmx.weights.base import Part, Weight, dense, leaf, over, shape_of
