@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmx import tree
+from lmx.weights import Weight, axes_of
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -79,16 +80,22 @@ def shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
     def place(keys, x):
         path = tree.path_str(keys)
         axes = next(axes for pattern, axes in rules if tree.matches(path, pattern))
+        if isinstance(x, Weight):
+            ends = dict(zip(("in", "out"), axes[-2:]))
+            return axes_of(x, lambda part, names: put(path, part, (*axes[:-2], *map(ends.get, names))))
+        return put(path, x, axes)
+
+    def put(path, x, axes):
         axes = (None,) * (len(x.shape) - len(axes)) + tuple(axes)
         placed = fit(x.shape, axes, mesh)
         copied.extend(
             f"{path} ({n} over {axis}={_size(axis, mesh)})"
             for n, axis, kept in zip(x.shape, axes, placed.spec)
-            if kept != axis
+            if kept != axis and n > 1
         )
         return placed
 
-    found = jax.tree_util.tree_map_with_path(place, shapes)
+    found = jax.tree_util.tree_map_with_path(place, shapes, is_leaf=lambda x: isinstance(x, Weight))
     if copied:
         more = f" and {len(copied) - 4} more" if len(copied) > 4 else ""
         warnings.warn(f"mesh: not divisible, so not split: {', '.join(copied[:4])}{more}", stacklevel=3)

@@ -13,6 +13,7 @@ from lmx.mesh import BATCH, MeshConfig, check_batch, fit, follow, shardings
 from lmx.models import TransformerConfig, build
 from lmx.nn import AttentionConfig, MlpConfig, MoeConfig, NormConfig
 from lmx.ops.position import T5, Learned
+from lmx.weights import LowRank, Quantized, Transposed, quantize
 
 RULES = (
     ("*/q/w|head", ("fsdp", "tensor")),
@@ -215,3 +216,20 @@ def test_a_batch_that_does_not_split_names_one_that_does(rows, n_micro, near):
         check_batch(rows, n_micro, mesh)
     check_batch(near, n_micro, mesh)
     check_batch(16, 2, MeshConfig(2, 1, 4).build())
+
+
+def test_a_leaf_is_split_as_its_matrix():
+    """The axes of inputs and outputs go with every field, through a transpose and a base."""
+    w = quantize(jnp.ones((3, 16, 8)), group_size=4)
+    params = {
+        "q": LowRank(w, jnp.ones((3, 16, 2)), jnp.ones((3, 2, 8))),
+        "embed": Transposed(quantize(jnp.ones((16, 8)))),
+    }
+    rules = (("q*", ("fsdp", "tensor")), ("embed*", ("tensor", "fsdp")))
+    found = shardings(jax.eval_shape(lambda: params), rules, MeshConfig(2, 2, 2).build())
+    assert isinstance(found["q"].base, Quantized)
+    assert found["q"].base.q.spec == P(None, "tensor", "fsdp") == found["q"].base.scale.spec
+    assert (found["q"].a.spec, found["q"].b.spec) == (P(None, "fsdp", None), P(None, None, "tensor"))
+    assert found["embed"].base.q.spec == P("tensor", "fsdp")  # [V, D], as the embedding itself
+    placed = jax.device_put(params, found)
+    assert placed["q"].base.q.sharding.spec == P(None, "tensor", "fsdp")

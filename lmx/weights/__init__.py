@@ -3,6 +3,7 @@
 from lmx.weights.base import (
     Transposed,
     Weight,
+    axes_of,
     dense,
     leaf,
     linear,
@@ -30,6 +31,7 @@ __all__ = [
     "Transposed",
     "Vera",
     "Weight",
+    "axes_of",
     "dense",
     "leaf",
     "linear",

@@ -5,7 +5,8 @@ A matrix is stored [d_in, d_out]; a stack of layers leads with [L, ...] in every
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, dataclass_transform
 
 import jax
@@ -67,6 +68,22 @@ def over(*axes: str | None, **options):
     """A field of a `leaf` whose last axes run "in" over the inputs of the matrix, "out" over its outputs, or None
     over neither: a mesh splits them as it splits the matrix. A field that is a weight itself has no axes."""
     return field(metadata={"axes": axes}, **options)
+
+
+def axes_of(w: Weight, f: Callable[[Any, tuple], Any], turned: bool = False) -> Weight:
+    """The weight with f(array, axes) for each of its arrays, axes as `over` gives them, of the matrix in the tree."""
+    found = {}
+    for part in fields(w):
+        x = getattr(w, part.name)
+        if part.metadata.get("static") or x is None:
+            continue
+        if isinstance(x, Weight):
+            found[part.name] = axes_of(x, f, turned != isinstance(w, Transposed))
+        else:
+            axes = part.metadata.get("axes", ("out", "in") if isinstance(w, Transposed) else ("in", "out"))
+            other = {"in": "out", "out": "in", None: None}
+            found[part.name] = f(x, tuple(other[a] for a in axes) if turned else axes)
+    return replace(w, **found)
 
 
 @leaf
