@@ -18,6 +18,7 @@ from lmx.weights.low_rank import Bank, Dora, LowRank, Vera
 from lmx.weights.masked import Masked
 from lmx.weights.quantized import NF4, Quantized, quantize
 from lmx.weights.rotated import Rotated
+from lmx.weights.scaled import Scaled
 
 __all__ = [
     "NF4",
@@ -28,6 +29,7 @@ __all__ = [
     "Masked",
     "Quantized",
     "Rotated",
+    "Scaled",
     "Transposed",
     "Vera",
     "Weight",

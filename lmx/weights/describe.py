@@ -16,9 +16,11 @@ from lmx.weights.low_rank import Bank, Dora, LowRank, Vera
 from lmx.weights.masked import Masked
 from lmx.weights.quantized import Quantized
 from lmx.weights.rotated import Rotated
+from lmx.weights.scaled import Scaled
 
 KINDS = {
-    kind.__name__: kind for kind in (Bank, Dora, Fake, LowRank, Masked, Quantized, Rotated, Transposed, Vera)
+    kind.__name__: kind
+    for kind in (Bank, Dora, Fake, LowRank, Masked, Quantized, Rotated, Scaled, Transposed, Vera)
 }
 
 

@@ -23,6 +23,7 @@ class Fake(Weight):
     group_size: int | None = static(default=None)
     symmetric: bool = static(default=True)
     activations: str = static(default="float")
+    scale_dtype: str = static(default="float32")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,4 +41,11 @@ class Fake(Weight):
 
     def settled(self) -> Quantized:
         """What it multiplies as."""
-        return quantize(self.w, self.bits, self.group_size, self.symmetric, activations=self.activations)
+        return quantize(
+            self.w,
+            self.bits,
+            self.group_size,
+            self.symmetric,
+            scale_dtype=self.scale_dtype,
+            activations=self.activations,
+        )

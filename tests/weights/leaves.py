@@ -6,7 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmx.weights import Bank, Dora, Fake, LowRank, Masked, Quantized, Rotated, Transposed, Vera, quantize
+from lmx.weights import (
+    Bank,
+    Dora,
+    Fake,
+    LowRank,
+    Masked,
+    Quantized,
+    Rotated,
+    Scaled,
+    Transposed,
+    Vera,
+    quantize,
+)
 from lmx.weights.quantized import to_float8, to_table
 
 D_IN, D_OUT, L = 48, 20, 3
@@ -42,6 +54,7 @@ def kinds(lead=()):
         "fake": Fake(w, 4, 16),
         "rotated": Rotated(w, jnp.sign(normal(6, *lead, D_IN))),
         "rotated int4": Rotated(int4, jnp.sign(normal(6, *lead, D_IN))),
+        "scaled int4": Scaled(int4, jnp.abs(normal(6, *lead, D_IN))),
         "lora": LowRank(w, a, b, 8.0),
         "rslora on int4": LowRank(int4, a, b, 8.0, stabilised=True),
         "dora": Dora(w, a, b, jnp.abs(normal(4, *lead, 1, D_OUT)), 8.0),
@@ -79,6 +92,8 @@ def by_hand(w):
 
             H = block_diag(*[sylvester(16) / 4] * 3)
             return f64(w.signs)[..., None] * (H @ by_hand(w.base))
+        case Scaled():
+            return f64(w.scale)[..., None] * by_hand(w.base)
         case LowRank():
             rank = w.a.shape[-1]
             return by_hand(w.base) + f64(w.a) @ f64(w.b) * w.alpha / (rank**0.5 if w.stabilised else rank)

@@ -1,0 +1,52 @@
+"""Surgeries on weights: adapters, number formats and pruning, each `(params, key) -> params`, and so composable."""
+
+from lmx.adapt.lora import (
+    Dense,
+    Dora,
+    LoftQ,
+    Lora,
+    Merge,
+    Pissa,
+    Prune,
+    Switch,
+    Vera,
+    adapter,
+    attach,
+    bank,
+    extract,
+    unmerge,
+)
+from lmx.adapt.matrices import EVERY, LAYERS
+from lmx.adapt.quantize import W8A8, Cast, Fp8, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
+from lmx.weights.surgery import Surgery, chain
+
+__all__ = [
+    "EVERY",
+    "LAYERS",
+    "W8A8",
+    "Cast",
+    "Dense",
+    "Dora",
+    "Fp8",
+    "Int4",
+    "Int8",
+    "LoftQ",
+    "Lora",
+    "Merge",
+    "Nf4",
+    "Pissa",
+    "Prune",
+    "Qat",
+    "Quantize",
+    "Rotate",
+    "Settle",
+    "Surgery",
+    "Switch",
+    "Vera",
+    "adapter",
+    "attach",
+    "bank",
+    "chain",
+    "extract",
+    "unmerge",
+]

@@ -1,0 +1,62 @@
+"""The matrices of a parameter tree, chosen by pattern: what every surgery on weights maps over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmx import tree
+from lmx.weights import Transposed, Weight
+
+LAYERS = "blocks/*attn/*|blocks/*mlp/[!r]*"
+"""All matrices of the layers, but for the routers of experts."""
+EVERY = LAYERS + "|embed|head"
+
+
+def is_matrix(path: str) -> bool:
+    return path.split("/")[-1] in ("w", "embed", "head")
+
+
+def change(params: Any, where: str, f: Callable[[str, Any], Any]) -> Any:
+    """f(path, matrix) for each matrix whose path fits: an array [.., d_in, d_out] or a `Weight`; others as they are.
+
+    The embedding [V, D] is handed to f as the matrix [D, V] that a tied head multiplies by.
+    Raises: ValueError if no matrix fits, with the paths of those there are.
+    """
+    known = [path for path in _paths(params) if is_matrix(path)]
+    if not any(tree.matches(path, where) for path in known):
+        raise ValueError(f"pattern {where!r} fits no matrix; there are {', '.join(known)}")
+
+    def one(path, w):
+        if not is_matrix(path) or w is None:
+            return w
+        if path != "embed":
+            return f(path, w)
+        return _turned(f(path, _turned(w)))
+
+    return tree.map_at(one, params, where, is_leaf=_is_weight)
+
+
+def found(params: Any, where: str = "*") -> dict[str, Any]:
+    """path -> matrix of those whose paths fit."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_weight)
+    named = ((tree.path_str(keys), w) for keys, w in leaves)
+    return {path: w for path, w in named if is_matrix(path) and tree.matches(path, where)}
+
+
+def _is_weight(x) -> bool:
+    return isinstance(x, Weight)
+
+
+def _paths(params: Any) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_weight)
+    return [tree.path_str(keys) for keys, _ in leaves]
+
+
+def _turned(w):
+    if isinstance(w, Transposed):
+        return w.base
+    return Transposed(w) if isinstance(w, Weight) else jnp.swapaxes(w, -1, -2)

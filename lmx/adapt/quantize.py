@@ -1,0 +1,192 @@
+"""Number formats as surgeries: every matrix whose path fits becomes a leaf of fewer bits, without any data.
+
+    params = chain(Int8(where="blocks/*"), Lora(rank=16))(params, key)
+
+A matrix that is an adapter on a base, or pruned, scaled or rotated, keeps that and has its base quantized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmx.adapt.matrices import EVERY, LAYERS, change
+from lmx.tree import key_at
+from lmx.weights import Fake, Quantized, Rotated, Weight, quantize
+from lmx.weights.quantized import NF4, to_float8, to_table
+from lmx.weights.rotated import hadamard
+from lmx.weights.surgery import Surgery
+
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Quantize(Surgery):
+    """To the nearest point of a grid of 2**bits. group_size: inputs that share a scale; None means all of an output.
+
+    symmetric: zero is a point of the grid and costs no bits. scale_dtype: scales are rounded to it before the codes.
+    activations: "float", or "int8" for W8A8: inputs are rounded too, each row by its largest, and products are of
+    whole numbers (Dettmers et al. 2022, arXiv:2208.07339, without its exceptions).
+    """
+
+    bits: int = 4
+    group_size: int | None = 64
+    symmetric: bool = True
+    where: str = LAYERS
+    scale_dtype: str = "float16"
+    activations: str = "float"
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if self.bits not in BITS:
+            raise ValueError(f"{name}: bits={self.bits}; use {', '.join(map(str, BITS))}")
+        if self.group_size is not None and self.group_size < 2:
+            raise ValueError(
+                f"{name}: group_size={self.group_size}; use 2 or more, or None for one scale an output"
+            )
+        if self.activations not in ("float", "int8"):
+            raise ValueError(f'{name}: activations={self.activations!r}; use "float" or "int8"')
+        if self.activations == "int8" and self.group_size is not None:
+            raise ValueError(f"{name}: sums of whole numbers have one scale an output; set group_size=None")
+        if self.scale_dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"{name}: scale_dtype={self.scale_dtype!r}; use float32, float16 or bfloat16")
+
+    def __call__(self, params: Any, key: jax.Array) -> Any:
+        return change(params, self.where, lambda path, w: on_base(path, w, self.of))
+
+    def of(self, w: jax.Array) -> Weight:
+        return quantize(
+            w,
+            self.bits,
+            self.group_size,
+            self.symmetric,
+            scale_dtype=self.scale_dtype,
+            activations=self.activations,
+        )
+
+
+@dataclass(frozen=True)
+class Int8(Quantize):
+    """8 bits with a scale for each output."""
+
+    bits: int = 8
+    group_size: int | None = None
+    scale_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class W8A8(Int8):
+    """Int8 whose inputs are rounded to int8 as well."""
+
+    activations: str = "int8"
+
+
+@dataclass(frozen=True)
+class Int4(Quantize):
+    """4 bits with a scale for each 64 inputs of an output."""
+
+
+@dataclass(frozen=True)
+class Nf4(Surgery):
+    """The 4-bit code book of QLoRA: quantiles of a normal distribution times each group's largest magnitude."""
+
+    group_size: int = 64
+    where: str = LAYERS
+
+    def __post_init__(self):
+        if self.group_size < 2:
+            raise ValueError(f"Nf4: group_size={self.group_size}; use 2 or more")
+
+    def __call__(self, params: Any, key: jax.Array) -> Any:
+        return change(params, self.where, lambda path, w: on_base(path, w, self.of))
+
+    def of(self, w: jax.Array) -> Weight:
+        return to_table(w, NF4, self.group_size)
+
+
+@dataclass(frozen=True)
+class Fp8(Surgery):
+    """8-bit floats. dtype: "float8_e4m3fn" (3 bits of fraction) or "float8_e5m2" (2 bits, more range)."""
+
+    dtype: str = "float8_e4m3fn"
+    where: str = LAYERS
+
+    def __post_init__(self):
+        if self.dtype not in ("float8_e4m3fn", "float8_e5m2"):
+            raise ValueError(f"Fp8: dtype={self.dtype!r}; use float8_e4m3fn or float8_e5m2")
+
+    def __call__(self, params: Any, key: jax.Array) -> Any:
+        return change(params, self.where, lambda path, w: on_base(path, w, self.of))
+
+    def of(self, w: jax.Array) -> Weight:
+        return to_float8(w, self.dtype)
+
+
+@dataclass(frozen=True)
+class Cast(Surgery):
+    """Plain arrays of another float dtype."""
+
+    dtype: str = "bfloat16"
+    where: str = EVERY
+
+    def __call__(self, params: Any, key: jax.Array) -> Any:
+        def one(path, w):
+            return w if isinstance(w, Weight) else w.astype(self.dtype)
+
+        return change(params, self.where, one)
+
+
+@dataclass(frozen=True)
+class Qat(Quantize):
+    """Quantization-aware training: float matrices that multiply as if they were rounded. `Settle` ends it."""
+
+    def of(self, w: jax.Array) -> Weight:
+        return Fake(w, self.bits, self.group_size, self.symmetric, self.activations, self.scale_dtype)
+
+
+@dataclass(frozen=True)
+class Settle(Surgery):
+    """What was trained by `Qat` in the codes that it multiplied as."""
+
+    where: str = "*"
+
+    def __call__(self, params: Any, key: jax.Array) -> Any:
+        return change(params, self.where, lambda path, w: w.settled() if isinstance(w, Fake) else w)
+
+
+@dataclass(frozen=True)
+class Rotate(Surgery):
+    """Each matrix for inputs turned by random signs and a Hadamard matrix, so that a later one quantizes it better."""
+
+    where: str = LAYERS
+
+    def __call__(self, params: Any, key: jax.Array) -> Any:
+        def one(path, w):
+            return on_base(path, w, lambda w: rotated(w, signs(path, w.shape, key)))
+
+        return change(params, self.where, one)
+
+
+def signs(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    """+1 or -1 for each input of the matrix at a path."""
+    return jax.random.rademacher(key_at(key, path), shape[:-1], jnp.float32)
+
+
+def rotated(w: jax.Array, signs: jax.Array) -> Rotated:
+    turned = jnp.swapaxes(hadamard(jnp.swapaxes(w * signs[..., None], -1, -2)), -1, -2)
+    return Rotated(turned, signs)
+
+
+def on_base(path: str, w: Any, f) -> Any:
+    """f of a plain matrix, or of the one that adapters and other transforms stand on.
+
+    Raises: ValueError if it is quantized already.
+    """
+    if isinstance(w, Quantized | Fake):
+        raise ValueError(f"{path} is quantized already, to {w.bits} bits; make it dense first: Dense()")
+    if isinstance(w, Weight):
+        return replace(w, base=on_base(path, w.base, f))
+    return f(w)
