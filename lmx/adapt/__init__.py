@@ -1,5 +1,6 @@
 """Surgeries on weights: adapters, number formats and pruning, each `(params, key) -> params`, and so composable."""
 
+from lmx.adapt.calibrate import Awq, Calibrated, Gptq, Rounded, Smooth, calibrate
 from lmx.adapt.lora import (
     Dense,
     Dora,
@@ -24,10 +25,13 @@ __all__ = [
     "EVERY",
     "LAYERS",
     "W8A8",
+    "Awq",
+    "Calibrated",
     "Cast",
     "Dense",
     "Dora",
     "Fp8",
+    "Gptq",
     "Int4",
     "Int8",
     "LoftQ",
@@ -39,13 +43,16 @@ __all__ = [
     "Qat",
     "Quantize",
     "Rotate",
+    "Rounded",
     "Settle",
+    "Smooth",
     "Surgery",
     "Switch",
     "Vera",
     "adapter",
     "attach",
     "bank",
+    "calibrate",
     "chain",
     "extract",
     "unmerge",

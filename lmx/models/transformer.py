@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from lmx import tree, values
 from lmx.mesh import ROWS, Rules, fit
@@ -174,7 +174,23 @@ class Model(NamedTuple):
     config: TransformerConfig
 
 
+class Layers(NamedTuple):
+    """A model taken apart, to look at its layers one at a time; all are pure functions.
+
+    enter(params, tokens [B, T]) -> x [B, T, D]: what the first layer reads.
+    layer(params, those of the layer, its number, x) -> (x, stats): what the next one reads, and the `nn.Inputs` of
+    each of its matrices at its path.
+    leave(params, x) -> Out.
+    """
+
+    enter: Callable
+    layer: Callable
+    leave: Callable
+
+
 class Transformer(nn.Module):
+    """only: "enter" gives the embedded tokens; "leave" takes what the layers made of them in place of tokens."""
+
     config: TransformerConfig
     attend: Callable
     constrain: Callable
@@ -183,20 +199,37 @@ class Transformer(nn.Module):
     mix: Callable = experts.mix
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"], where: Where, cache=None, slots=None, kv_where=None):
+    def __call__(self, tokens: Array, where: Where, cache=None, slots=None, kv_where=None, only=None):
         c = self.config
         embed = weight(self, "embed", nn.initializers.normal(c.init_std), (c.vocab_size, c.d_model))
         position_weights = {
             name: self.param(f"position_{name}", nn.initializers.normal(std), shape, jnp.float32)
             for name, (shape, std) in c.position.weights(c.d_model, c.attention.n_heads).items()
         }
-        rows = embed if isinstance(embed, Weight) else self.constrain(embed, "tensor", None)
-        x = lookup(rows, tokens)
-        if c.scale_embed:
-            x = x * c.d_model**0.5
-        x = c.position.embed(x, where.positions, position_weights)
-        x = nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
-        x = self.constrain(x.astype(c.dtype), ROWS, None, None)
+        if only != "leave":
+            rows = embed if isinstance(embed, Weight) else self.constrain(embed, "tensor", None)
+            x = lookup(rows, tokens)
+            if c.scale_embed:
+                x = x * c.d_model**0.5
+            x = c.position.embed(x, where.positions, position_weights)
+            x = nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
+            x = self.constrain(x.astype(c.dtype), ROWS, None, None)
+            if only == "enter":
+                return x
+            x, cache, routing = self._layers(x, where, cache, slots, kv_where, position_weights)
+        else:
+            x, routing = tokens, None
+        x = self.constrain(Norm(c.norm, name="norm")(x), ROWS, None, None)
+        if c.tie_head:
+            head = Transposed(embed)
+        else:
+            head = weight(self, "head", nn.initializers.normal(c.init_std), (c.d_model, c.vocab_size))
+        if routing is not None:
+            routing = Routing(routing, c.mlp.top_k)
+        return Out(x, head, c.logit_softcap, routing), cache
+
+    def _layers(self, x, where, cache, slots, kv_where, position_weights):
+        c = self.config
         block = Block
         if c.remat != "none":
             # In one scan step of several layers XLA would merge what is computed again with what was there.
@@ -210,21 +243,14 @@ class Transformer(nn.Module):
         else:
             layers = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "stats": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=c.n_layers,
                 unroll=self.unroll,
             )(*make, name="blocks")
             (x, cache), routing = layers((x, cache), jnp.arange(c.n_layers), context)
-        x = self.constrain(Norm(c.norm, name="norm")(x), ROWS, None, None)
-        if c.tie_head:
-            head = Transposed(embed)
-        else:
-            head = weight(self, "head", nn.initializers.normal(c.init_std), (c.d_model, c.vocab_size))
-        if routing is not None:
-            routing = Routing(routing, c.mlp.top_k)
-        return Out(x, head, c.logit_softcap, routing), cache
+        return x, cache, routing
 
 
 def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str | None = None) -> Model:
@@ -303,6 +329,28 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
     return Model(init, apply, step, new_cache, config)
 
 
+def layers(config: TransformerConfig) -> Layers:
+    """The parts of the model that `build` gives, for whole sequences of unpacked text."""
+    attend = flash.pick(config.attention.impl, platform=jax.default_backend(), mesh=None)
+    module = Transformer(config, attend, lambda x, *axes: x, 1)
+    block = Block(config, config.position, attend, 0.0, 0.0, parent=None)
+
+    def enter(params, tokens):
+        return module.apply({"params": params}, tokens, _places(tokens), only="enter")
+
+    def layer(params, of_layer, i, x):
+        position = "position_"
+        weights = {name.removeprefix(position): w for name, w in params.items() if name.startswith(position)}
+        context = Context(_places(x[..., 0]), weights)
+        ((x, _), _), stats = block.apply({"params": of_layer}, (x, None), i, context, mutable=["stats"])
+        return x, stats["stats"]
+
+    def leave(params, x):
+        return module.apply({"params": params}, x, _places(x[..., 0]), only="leave")[0]
+
+    return Layers(enter, layer, leave)
+
+
 def _one_by_one(block: Block, params: tuple, x, cache, context: Context):
     """The layers of `unstacked` parameters. Returns what the scan over a stack does."""
     routings, caches = [], []
@@ -357,7 +405,7 @@ def n_params(config: TransformerConfig) -> tuple[int, int]:
     return everything, everything - config.n_layers * idle
 
 
-def _places(tokens: Int[Array, "B T"]) -> Where:
+def _places(tokens: Shaped[Array, "B T"]) -> Where:
     """One unpacked sequence per row."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     return Where(positions, jnp.ones_like(positions))

@@ -2,7 +2,7 @@
 
 from lmx.nn.attention import Attention, AttentionConfig, Context, Local
 from lmx.nn.block import Block, BlockConfig
-from lmx.nn.linear import PRODUCT, Linear, weight
+from lmx.nn.linear import PRODUCT, Inputs, Linear, weight
 from lmx.nn.mlp import Mlp, MlpConfig
 from lmx.nn.moe import Moe, MoeConfig
 from lmx.nn.norm import Norm, NormConfig
@@ -14,6 +14,7 @@ __all__ = [
     "Block",
     "BlockConfig",
     "Context",
+    "Inputs",
     "Linear",
     "Local",
     "Mlp",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from lmx.ops.dot import gram
 from lmx.ops.matmul import PRODUCT
 from lmx.weights import Weight, linear, shape_of
 
@@ -25,8 +28,19 @@ def weight(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Array 
     return w
 
 
+class Inputs(NamedTuple):
+    """What a matrix was multiplied by: the sum of x x^T, the largest |x| of each input, and their number, float32."""
+
+    gram: Float[Array, "d_in d_in"]
+    largest: Float[Array, " d_in"]
+    n: Float[Array, ""]
+
+
 class Linear(nn.Module):
-    """x [..., d_in] -> [..., d_out]; `w` [d_in, d_out] is drawn from N(0, std^2), `b` starts at 0."""
+    """x [..., d_in] -> [..., d_out]; `w` [d_in, d_out] is drawn from N(0, std^2), `b` starts at 0.
+
+    Where the collection `stats` is mutable, it says there what its inputs are like, as `Inputs`.
+    """
 
     d_out: int
     std: float
@@ -35,8 +49,16 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
         w = weight(self, "w", nn.initializers.normal(self.std), (x.shape[-1], self.d_out))
+        if self.is_mutable_collection("stats") and not self.is_initializing():
+            self.put_variable("stats", "w", _inputs(x))
         y = checkpoint_name(linear(x, w), PRODUCT)
         if self.bias:
             b = self.param("b", nn.initializers.zeros, (self.d_out,), jnp.float32)
             y = y + jnp.broadcast_to(b.astype(y.dtype), y.shape)
         return y
+
+
+def _inputs(x: Float[Array, "*b d_in"]) -> Inputs:
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    n = jnp.full((), rows.shape[0], jnp.float32)
+    return Inputs(gram(rows, rows), jnp.abs(rows).max(0), n)

@@ -1,0 +1,305 @@
+"""Quantization that looks at inputs: layer after layer, each on what the quantized ones before it give.
+
+    found = calibrate(layers(config), params, tokens, Gptq(bits=4, group_size=128))
+    found.params, found.lost["blocks/0/attn/q/w"]
+
+A method takes the matrices that share an input and what is known of it, and gives a leaf for each:
+`Gptq`, `Rounded(Int4())`, and around another `Awq(then=Gptq())` and `Smooth(then=Rounded(W8A8()))`. Within a layer the
+output of attention and of the feed-forward layer see what the matrices before them have become ("true sequential").
+One layer's Gram matrices are held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lmx import tree
+from lmx.adapt.gptq import gptq, lost
+from lmx.adapt.matrices import LAYERS, is_matrix
+from lmx.adapt.quantize import BITS, Int4, Quantize
+from lmx.nn import Inputs
+from lmx.weights import Quantized, Rotated, Scaled, Weight, dense
+from lmx.weights.quantized import of_codes
+from lmx.weights.rotated import hadamard
+
+STAGES = ("*attn/[qkv]/w", "*attn/o/w", "*mlp/gate/w|*mlp/up/w", "*mlp/down/w")
+"""The matrices of a layer that read the same, in the order in which a token meets them."""
+
+Method = Callable[[dict[str, Array], Inputs], dict[str, Weight]]
+"""(path -> [d_in, d_out], their input) -> path -> leaf."""
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """See `lmx.adapt.gptq`. act_order: rows by falling size of their input; costs a gather at each use.
+
+    damp: share of the mean of H's diagonal that is added to it.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    act_order: bool = True
+    damp: float = 0.01
+    symmetric: bool = True
+    scale_dtype: str = "float16"
+
+    def __post_init__(self):
+        if self.bits not in BITS:
+            raise ValueError(f"Gptq: bits={self.bits}; use {', '.join(map(str, BITS))}")
+        if self.group_size is not None and self.group_size < 2:
+            raise ValueError(
+                f"Gptq: group_size={self.group_size}; use 2 or more, or None for one scale an output"
+            )
+        if not 0 < self.damp < 1:
+            raise ValueError(f"Gptq: damp={self.damp} must lie in (0, 1)")
+
+    def __call__(self, matrices: dict[str, Array], inputs: Inputs) -> dict[str, Weight]:
+        return {path: self.of(w, inputs.gram) for path, w in matrices.items()}
+
+    def of(self, w: Float[Array, "d_in d_out"], gram: Float[Array, "d_in d_in"]) -> Quantized:
+        found = gptq(
+            w,
+            gram,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            act_order=self.act_order,
+            damp=self.damp,
+            scale_dtype=self.scale_dtype,
+        )
+        size = min(self.group_size or w.shape[0], w.shape[0])
+        scale = found.scale.astype(self.scale_dtype)
+        return of_codes(found.q, scale, found.zero, self.bits, size, order=found.order)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Each matrix as a surgery without data makes it; with whole-number activations (W8A8), of calibrated size.
+
+    calibrated: one scale for all inputs of a matrix, from the largest that was seen, instead of one for each row.
+    """
+
+    to: Any = Int4()
+    calibrated: bool = False
+
+    def __call__(self, matrices: dict[str, Array], inputs: Inputs) -> dict[str, Weight]:
+        found = {path: self.to.of(w) for path, w in matrices.items()}
+        if not self.calibrated:
+            return found
+        scale = (jnp.maximum(inputs.largest.max(), 1e-30) / 127)[None]
+        return {path: replace(w, input_scale=scale) for path, w in found.items()}
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """Inputs divided by s_j = max|x_j|^strength / max|w_j|^(1 - strength), and the matrix multiplied by it, so that
+    none stands out among those that are rounded with it.
+
+    Source: Xiao et al. 2023 (SmoothQuant), arXiv:2211.10438, section 4.
+    """
+
+    strength: float = 0.5
+    then: Method = Rounded()
+
+    def __call__(self, matrices: dict[str, Array], inputs: Inputs) -> dict[str, Weight]:
+        widest = jnp.stack([jnp.abs(w).max(1) for w in matrices.values()]).max(0)
+        largest = jnp.maximum(inputs.largest, 1e-5)
+        s = largest**self.strength / jnp.maximum(widest, 1e-5) ** (1 - self.strength)
+        return _scaled(matrices, inputs, jnp.maximum(s, 1e-5), self.then)
+
+
+@dataclass(frozen=True)
+class Awq:
+    """Inputs divided by s_j = rms(x_j)^strength, with the strength in [0, 1] that loses least of the outputs.
+
+    What is lost is measured with `trial`'s rounding on the inputs' Gram matrix; the paper takes mean|x_j|.
+    Source: Lin et al. 2024, arXiv:2306.00978, section 3.2.
+    """
+
+    trial: Quantize = Int4()
+    then: Method = Rounded()
+    steps: int = 20
+
+    def __call__(self, matrices: dict[str, Array], inputs: Inputs) -> dict[str, Weight]:
+        rms = jnp.sqrt(jnp.maximum(jnp.diag(inputs.gram) / inputs.n, 1e-12))
+        ws = tuple(matrices.values())
+        tried = [_normal(rms ** (i / self.steps)) for i in range(self.steps)]
+        losses = [float(_awq_loss(ws, inputs.gram, s, self.trial)) for s in tried]
+        return _scaled(matrices, inputs, tried[losses.index(min(losses))], self.then)
+
+
+class Calibrated(NamedTuple):
+    """params; lost: path -> share of the output's energy on the calibration inputs that rounding changes."""
+
+    params: Any
+    lost: dict[str, float]
+
+
+def calibrate(
+    layers: Any,
+    params: Any,
+    tokens: Int[Array, "N T"],
+    method: Method | Callable[[int], Method],
+    *,
+    where: str = LAYERS,
+    batch_size: int = 8,
+    sequential: bool = True,
+    seen: Callable[[int, int], None] = lambda done, of: None,
+) -> Calibrated:
+    """The parameters with each matrix of the layers whose path fits `where` in the form that `method` gives it.
+
+    Args:
+      layers: the model's parts, `lmx.models.layers(config)`.
+      tokens: what is read to see inputs; every one counts.
+      sequential: whether matrices see what those before them in their layer have become.
+      seen: called with the layers done and their number.
+    Raises: ValueError if no matrix fits, if one has no known input (experts), or, by the matrix's name, if inputs or
+      numbers are not finite.
+    """
+    one = jax.jit(partial(_looked_at, layers.layer), static_argnames="stage")
+    rest = {name: x for name, x in params.items() if name != "blocks"}
+    n_layers = _depth(params["blocks"])
+    xs = [layers.enter(params, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
+    made, shares = [], {}
+    for i in range(n_layers):
+        of_layer = _layer(params["blocks"], i)
+        wanted = {p: w for p, w in _matrices(of_layer).items() if tree.matches(f"blocks/{p}", where)}
+        if not wanted:
+            raise ValueError(
+                f"pattern {where!r} fits no matrix; a layer has {', '.join(_matrices(of_layer))}"
+            )
+        stages = STAGES if sequential else ("*",)
+        stages = [[p for p in wanted if tree.matches(p, stage)] for stage in stages]
+        left = set(wanted) - {p for stage in stages for p in stage}
+        if left:
+            raise ValueError(
+                f"blocks/{min(left)}: its inputs are not known here; leave it out: where={where!r}"
+            )
+        for stage in filter(None, stages):
+            inputs = _gathered(one, rest, of_layer, i, xs, stage)
+            groups = [stage] if sequential else [[p] for p in stage]
+            for group in groups:
+                new = _one_stage(method, {p: wanted[p] for p in group}, inputs[group[0]], i, shares)
+                of_layer = _with(of_layer, new)
+        xs = [one(rest, of_layer, i, x) for x in xs]
+        made.append(of_layer)
+        seen(i + 1, n_layers)
+    return Calibrated(
+        {**params, "blocks": _together(made, stacked=not isinstance(params["blocks"], tuple))}, shares
+    )
+
+
+def _one_stage(method, matrices, inputs, i, shares):
+    """The leaves of matrices that share an input; what stands on top of them, such as adapters, stays there."""
+    bare, below = {}, inputs
+    for path, w in matrices.items():
+        bare[path], below = _base(w, inputs)
+    if not jnp.isfinite(below.gram).all():
+        raise ValueError(
+            f"blocks/{i}/{min(matrices)}: its inputs are not finite; look at the layers before it"
+        )
+    new = method({path: w.astype(jnp.float32) for path, w in bare.items()}, below)
+    for path, w in new.items():
+        share = float(lost(bare[path].astype(jnp.float32), dense(w), below.gram))
+        if not share < float("inf"):
+            raise ValueError(f"blocks/{i}/{path}: not finite when quantized; its weights or inputs are not")
+        shares[f"blocks/{i}/{path}"] = share
+    return {path: _on(matrices[path], w) for path, w in new.items()}
+
+
+def _base(w, inputs: Inputs) -> tuple[Array, Inputs]:
+    """The plain matrix below what stands on it, and what it reads."""
+    if not isinstance(w, Weight):
+        return w, inputs
+    if isinstance(w, Quantized):
+        raise ValueError(f"a matrix is quantized already, to {w.bits} bits; make it dense first: Dense()")
+    if isinstance(w, Scaled):
+        inputs = _divided(inputs, 1 / w.scale)
+    if isinstance(w, Rotated):
+        turned = hadamard(inputs.gram * w.signs[:, None] * w.signs[None])
+        gram = hadamard(turned.T)
+        inputs = Inputs(gram, jnp.sqrt(jnp.maximum(jnp.diag(gram), 0.0)), inputs.n)  # no input is larger
+    return _base(w.base, inputs)
+
+
+def _on(old, new):
+    return replace(old, base=_on(old.base, new)) if isinstance(old, Weight) else new
+
+
+def _divided(inputs: Inputs, s: Float[Array, " d_in"]) -> Inputs:
+    return Inputs(inputs.gram / s[:, None] / s[None], inputs.largest / s, inputs.n)
+
+
+def _scaled(matrices, inputs, s, then) -> dict[str, Weight]:
+    found = then({path: w * s[:, None] for path, w in matrices.items()}, _divided(inputs, s))
+    return {path: Scaled(w, 1 / s) for path, w in found.items()}
+
+
+def _normal(s):
+    return s / jnp.sqrt(s.max() * s.min())
+
+
+@jax.jit(static_argnums=3)
+def _awq_loss(ws, gram, s, trial):
+    total = jnp.zeros(())
+    for w in ws:
+        apart = w - dense(trial.of(w * s[:, None])) / s[:, None]
+        total += (apart * (gram @ apart)).sum()
+    return total
+
+
+def _looked_at(layer, rest, of_layer, i, x, stage: tuple[str, ...] = ()):
+    """What the next layer reads, or the inputs of the matrices of a stage alone, without what comes after them."""
+    x, stats = layer(rest, of_layer, i, x)
+    return [_at(stats, path) for path in stage] if stage else x
+
+
+def _gathered(one, rest, of_layer, i, xs, stage) -> dict[str, Inputs]:
+    """The inputs of some matrices of a layer over all batches."""
+    total: dict[str, Inputs] = {}
+    for x in xs:
+        for path, new in zip(stage, one(rest, of_layer, i, x, stage=tuple(stage))):
+            old = total.get(path, Inputs(0.0, 0.0, 0.0))
+            total[path] = Inputs(old.gram + new.gram, jnp.maximum(old.largest, new.largest), old.n + new.n)
+    return total
+
+
+def _depth(blocks) -> int:
+    return len(blocks) if isinstance(blocks, tuple) else len(jax.tree.leaves(blocks)[0])
+
+
+def _layer(blocks, i):
+    return blocks[i] if isinstance(blocks, tuple) else jax.tree.map(lambda x: x[i], blocks)
+
+
+def _matrices(of_layer) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(of_layer, is_leaf=lambda x: isinstance(x, Weight))
+    return {tree.path_str(keys): w for keys, w in leaves if is_matrix(tree.path_str(keys))}
+
+
+def _with(of_layer, new: dict[str, Any]):
+    def one(keys, x):
+        return new.get(tree.path_str(keys), x)
+
+    return jax.tree_util.tree_map_with_path(one, of_layer, is_leaf=lambda x: isinstance(x, Weight))
+
+
+def _at(stats, path):
+    for name in path.split("/"):
+        stats = stats[name]
+    return stats
+
+
+def _together(made: Iterable[Any], stacked: bool) -> Any:
+    """A stack of layers, or a tuple of them where they differ in their leaves' settings."""
+    made = list(made)
+    if stacked and len({jax.tree.structure(x) for x in made}) == 1:
+        return jax.tree.map(lambda *x: jnp.stack(x), *made)
+    return tuple(made)
