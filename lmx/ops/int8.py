@@ -1,138 +1,346 @@
-"""draft"""
+"""Few rows times a matrix of whole numbers, as decoding with quantized weights multiplies.
+
+| where                                                                | `int8_by`          | `int4_by`          |
+|----------------------------------------------------------------------|--------------------|--------------------|
+| CPU: up to FEW rows, K a multiple of STEP, and `native.available()`; | compiled here      | compiled here      |
+| for int8 no FAST units, for int4 a group size in GROUPS              |                    |                    |
+| CPU otherwise                                                        | int8 dot, 2 rows   | widened to float32 |
+|                                                                      | or more            |                    |
+| GPU, TPU                                                             | int8 dot           | widened to float32 |
+
+XLA:CPU multiplies int8 fast where it has AMX. On AVX2 its dot takes as long as that of float32, though it reads a
+quarter of the bytes, and one row takes six times as long as two (`scripts/bench_int8.py`). Converting blocks of the
+matrix just before their product takes as long as float32 too; integer sums over either axis and dots of int16 or
+int32 take longer. So the products are written in LLVM's language below.
+
+int8: pmaddwd multiplies 16 pairs of int16 and adds neighbours; bytes of the matrix are widened on the way. int4:
+pmaddubsw multiplies 32 codes 0 to 15 by int8 and adds neighbours as int16, where the sums of a group fit, since
+8 * 2 * 15 * 128 < 2^15. Four rows share what is read of the matrix.
+"""
+
 from __future__ import annotations
-import functools, math
+
+import functools
+import math
+from string import Template
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int, Int8, Int32
-from lmx.ops import native
+from jaxtyping import Array, Float32, Int8, Int32
 
-def _rows(arguments: str, kernel_args: str) -> str:
+from lmx.ops import native
+from lmx.ops.dot import rows_by
+
+FAST = frozenset({"amx_int8", "avx512_vnni", "avx_vnni"})
+"""Flags of /proc/cpuinfo that promise int8 products, which XLA then uses."""
+FEW = 48
+"""Up to so many rows the functions compiled here are faster; from 64 on XLA's dots cost the same."""
+STEP = 32
+"""Columns of the matrix that the compiled functions take at once: K is a multiple of it."""
+GROUPS = range(32, 257, 32)
+"""Codes that may share a scale in the compiled int4 product."""
+
+
+def int8_by(x: Int8[Array, "*b K"], w: Int8[Array, "M K"]) -> Int32[Array, "*b M"]:
+    """x w^T in whole numbers: exact while sums stay below 2^31, as those of up to 131,071 columns do.
+
+    Source: LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, section 2.1, whose scales the caller multiplies in.
+    """
+    rows, K = math.prod(x.shape[:-1]), x.shape[-1]
+
+    def plain(x, w):
+        return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+
+    def at_least_two(x, w):
+        if rows != 1:
+            return plain(x, w)
+        return plain(jnp.pad(x.reshape(1, K), ((0, 1), (0, 0))), w)[:1].reshape(*x.shape[:-1], w.shape[0])
+
+    compiled = _worth_compiling(rows, *w.shape) and not FAST & native.cpu_flags()
+    return lax.platform_dependent(x, w, cpu=_int8_compiled if compiled else at_least_two, default=plain)
+
+
+def int4_by(
+    x: Int8[Array, "*b K"], codes: Int32[Array, "M words"], scale: Float32[Array, "M groups"]
+) -> Float32[Array, "*b M"]:
+    """x w^T for w[o, i] = scale[o, i // group_size] * (code[o, i] - 8), in float32.
+
+    codes: code i of a row, 0 to 15, is bits 4 (i mod 8) to 4 (i mod 8) + 3 of its word i // 8. The scales of a row
+    stand for K / groups codes each. Sums within a group are exact; they are scaled and added up in float32.
+    Raises: ValueError if K is not 8 words, or not a multiple of groups.
+    """
+    rows, K, groups = math.prod(x.shape[:-1]), x.shape[-1], scale.shape[1]
+    if 8 * codes.shape[1] != K or not groups or K % groups:
+        raise ValueError(
+            f"int4_by: x has {K} columns, codes {codes.shape[1]} words of 8 and scale {groups} groups; columns must "
+            "be 8 times the words and a multiple of the groups"
+        )
+    group_size = K // groups
+
+    def widened(x, codes, scale):
+        code = (codes[..., None] >> (4 * jnp.arange(8, dtype=jnp.int32))) & 15
+        code = code.reshape(len(scale), groups, group_size)
+        w = (code - 8).astype(jnp.float32) * scale[..., None]
+        return rows_by(x.astype(jnp.float32), w.reshape(-1, K))
+
+    compiled = group_size in GROUPS and _worth_compiling(rows, len(scale), K)
+    return lax.platform_dependent(
+        x, codes, scale, cpu=_int4_compiled if compiled else widened, default=widened
+    )
+
+
+def _worth_compiling(rows: int, M: int, K: int) -> bool:
+    return 0 < rows <= FEW and M > 0 and K > 0 and K % STEP == 0 and native.available()
+
+
+@custom_vmap
+def _int8_compiled(x, w):
+    rows, K = math.prod(x.shape[:-1]), x.shape[-1]
+    sums = jax.ShapeDtypeStruct((rows, w.shape[0]), jnp.int32)
+    y = jax.ffi.ffi_call(_int8_target(), sums)(x.reshape(rows, K).astype(jnp.int16), w)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+@custom_vmap
+def _int4_compiled(x, codes, scale):
+    rows, K, (M, groups) = math.prod(x.shape[:-1]), x.shape[-1], scale.shape
+    of_groups = x.reshape(rows, groups, -1).astype(jnp.int32).sum(-1)
+    # A byte of codes holds an even column's code below an odd one's: 16 bytes are split into 16 evens and 16 odds.
+    split = x.reshape(rows, K // STEP, STEP // 2, 2).swapaxes(2, 3).reshape(rows, K)
+    y = jax.ffi.ffi_call(_int4_target(K // groups), jax.ShapeDtypeStruct((rows, M), jnp.float32))(
+        split, of_groups, codes, scale
+    )
+    return y.reshape(*x.shape[:-1], M)
+
+
+def _vmapped(product):
+    """Mapped rows are more rows; mapped matrices are taken one after another."""
+
+    def rule(size, mapped, x, *w):
+        if not any(mapped[1:]):
+            return product(x, *w), True
+        whole = [
+            a if is_mapped else jnp.broadcast_to(a, (size, *a.shape)) for a, is_mapped in zip((x, *w), mapped)
+        ]
+        return lax.map(lambda one: product(*one), whole), True
+
+    product.def_vmap(rule)
+
+
+_vmapped(_int8_compiled)
+_vmapped(_int4_compiled)
+
+
+@functools.cache
+def _int8_target() -> str:
+    return native.register("lmx_int8_by", _INTRINSICS + _tiles(_int8_tile, ("x", "w", "y")))
+
+
+@functools.cache
+def _int4_target(group_size: int) -> str:
+    tile = functools.partial(_int4_tile, group_size)
+    arguments = ("x", "sums", "codes", "scale", "y")
+    return native.register(f"lmx_int4_by_{group_size}", _INTRINSICS + _tiles(tile, arguments))
+
+
+_INTRINSICS = """
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
+declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
+declare i32 @llvm.vector.reduce.add.v8i32(<8 x i32>)
+declare <8 x float> @llvm.fma.v8f32(<8 x float>, <8 x float>, <8 x float>)
+declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
+"""
+
+
+def _tiles(tile, names: tuple[str, ...]) -> str:
+    """Columns begin to end of y [N, M], one after another: four rows at a time, then one at a time.
+
+    names: of the call's arguments in their order, the first [N, K], and of its result.
+    """
+    pointers = ", ".join(f"ptr %{name}" for name in names)
+    parameters = f"{pointers}, i64 %K, i64 %M"
+    load = "\n".join(
+        f"  %{name} = call ptr @data(ptr %frame, i64 {i})"
+        for i, name in zip((*range(len(names) - 1), -1), names)
+    )
     return f"""
+{tile(4, parameters)}
+{tile(1, parameters)}
 define internal void @chunk(ptr %frame, i64 %begin, i64 %end) {{
 entry:
-{arguments}
+{load}
   %N = call i64 @dim(ptr %frame, i64 -1, i64 0)
   %M = call i64 @dim(ptr %frame, i64 -1, i64 1)
   %K = call i64 @dim(ptr %frame, i64 0, i64 1)
-  br label %output
-output:
+  br label %column
+column:
   %o = phi i64 [ %begin, %entry ], [ %o.next, %done ]
-  br label %four
-four:
-  %r = phi i64 [ 0, %output ], [ %r.next, %do.four ]
+  br label %fours
+fours:
+  %r = phi i64 [ 0, %column ], [ %r.next, %four ]
   %r.next = add i64 %r, 4
   %fits = icmp sle i64 %r.next, %N
-  br i1 %fits, label %do.four, label %one
-do.four:
-  call void @tile4({kernel_args}, i64 %K, i64 %M, i64 %r, i64 %o)
-  br label %four
-one:
-  %q = phi i64 [ %r, %four ], [ %q.next, %do.one ]
+  br i1 %fits, label %four, label %ones
+four:
+  call void @tile4({parameters}, i64 %r, i64 %o)
+  br label %fours
+ones:
+  %q = phi i64 [ %r, %fours ], [ %q.next, %one ]
   %left = icmp slt i64 %q, %N
-  br i1 %left, label %do.one, label %done
-do.one:
-  call void @tile1({kernel_args}, i64 %K, i64 %M, i64 %q, i64 %o)
+  br i1 %left, label %one, label %done
+one:
+  call void @tile1({parameters}, i64 %q, i64 %o)
   %q.next = add i64 %q, 1
-  br label %one
+  br label %ones
 done:
   %o.next = add i64 %o, 1
   %more = icmp slt i64 %o.next, %end
-  br i1 %more, label %output, label %exit
+  br i1 %more, label %column, label %exit
 exit:
   ret void
 }}
 """
 
-def _int8_ir():
-    args="ptr %x, ptr %w, ptr %y"
-    load="""  %x = call ptr @data(ptr %frame, i64 0)
-  %w = call ptr @data(ptr %frame, i64 1)
-  %y = call ptr @data(ptr %frame, i64 -1)"""
-    return """
-declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
-declare i32 @llvm.vector.reduce.add.v8i32(<8 x i32>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
-"""+_tile8(4)+_tile8(1)+_rows(load,args)
 
-def _tile8(R):
-    rows=range(R); U=2
-    L=[f"define internal void @tile{R}(ptr %x, ptr %w, ptr %y, i64 %K, i64 %M, i64 %r, i64 %o) alwaysinline {{","entry:",
-       "  %oK = mul i64 %o, %K","  %wo = getelementptr i8, ptr %w, i64 %oK"]
-    for r in rows: L+=[f"  %r{r} = add i64 %r, {r}",f"  %rK{r} = mul i64 %r{r}, %K",f"  %x{r} = getelementptr i16, ptr %x, i64 %rK{r}"]
-    L+=["  br label %loop","loop:","  %k = phi i64 [ 0, %entry ], [ %k.next, %loop ]"]
-    L+=[f"  %s{r}.0 = phi <8 x i32> [ zeroinitializer, %entry ], [ %s{r}.{U}, %loop ]" for r in rows]
-    for u in range(U):
-        L+=[f"  %k.{u} = add i64 %k, {16*u}",f"  %wp.{u} = getelementptr i8, ptr %wo, i64 %k.{u}"]
-        if u==0: L+=["  %ahead = getelementptr i8, ptr %wp.0, i64 1024","  call void @llvm.prefetch.p0(ptr %ahead, i32 0, i32 3, i32 1)"]
-        L+=[f"  %wb.{u} = load <16 x i8>, ptr %wp.{u}, align 1",f"  %w.{u} = sext <16 x i8> %wb.{u} to <16 x i16>"]
-        for r in rows:
-            L+=[f"  %xp{r}.{u} = getelementptr i16, ptr %x{r}, i64 %k.{u}",f"  %xv{r}.{u} = load <16 x i16>, ptr %xp{r}.{u}, align 2",
-                f"  %p{r}.{u} = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %xv{r}.{u}, <16 x i16> %w.{u})",
-                f"  %s{r}.{u+1} = add <8 x i32> %s{r}.{u}, %p{r}.{u}"]
-    L+=[f"  %k.next = add i64 %k, {16*U}","  %more = icmp ult i64 %k.next, %K","  br i1 %more, label %loop, label %done","done:"]
-    for r in rows:
-        L+=[f"  %rM{r} = mul i64 %r{r}, %M",f"  %yo{r} = add i64 %rM{r}, %o",f"  %yp{r} = getelementptr i32, ptr %y, i64 %yo{r}",
-            f"  %sum{r} = call i32 @llvm.vector.reduce.add.v8i32(<8 x i32> %s{r}.{U})",f"  store i32 %sum{r}, ptr %yp{r}"]
-    return "\n".join(L+["  ret void","}",""])
+def _int8_tile(rows: int, parameters: str) -> str:
+    return _unrolled(_INT8_TILE, rows).substitute(rows=rows, parameters=parameters)
 
-def _int4_ir(G):
-    names="ptr %x, ptr %x8, ptr %c, ptr %scale, ptr %y"
-    load="\n".join(f"  {n.split()[1]} = call ptr @data(ptr %frame, i64 {i})" for n,i in zip(names.split(", "),(0,1,2,3,-1)))
-    return """
-declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
-declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
-declare <8 x float> @llvm.fma.v8f32(<8 x float>, <8 x float>, <8 x float>)
-declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
-"""+_tile4(4,G)+_tile4(1,G)+_rows(load,names)
 
-def _tile4(R,G):
-    rows=range(R); U=G//32
-    conc="<32 x i32> <"+", ".join(f"i32 {i}" for i in range(32))+">"
-    fif="<16 x i8> <"+", ".join(["i8 15"]*16)+">"; four="<"+", ".join(["i8 4"]*16)+">"
-    ones="<16 x i16> <"+", ".join(["i16 1"]*16)+">"
-    z8="<8 x i32> zeroinitializer"
-    L=[f"define internal void @tile{R}(ptr %x, ptr %x8, ptr %c, ptr %scale, ptr %y, i64 %K, i64 %M, i64 %r, i64 %o) alwaysinline {{","entry:",
-       f"  %groups = udiv i64 %K, {G}","  %half = udiv i64 %K, 2","  %oc = mul i64 %o, %half","  %co = getelementptr i8, ptr %c, i64 %oc",
-       "  %os = mul i64 %o, %groups","  %so = getelementptr float, ptr %scale, i64 %os"]
-    for r in rows: L+=[f"  %r{r} = add i64 %r, {r}",f"  %rK{r} = mul i64 %r{r}, %K",f"  %x{r} = getelementptr i8, ptr %x, i64 %rK{r}",
-                       f"  %rG{r} = mul i64 %r{r}, %groups",f"  %e{r} = getelementptr i32, ptr %x8, i64 %rG{r}"]
-    L+=["  br label %loop","loop:","  %g = phi i64 [ 0, %entry ], [ %g.next, %loop ]"]
-    L+=[f"  %f{r} = phi <8 x float> [ zeroinitializer, %entry ], [ %f{r}.next, %loop ]" for r in rows]
-    L+=[f"  %k = mul i64 %g, {G}",f"  %kc = mul i64 %g, {G//2}"]
-    for u in range(U):
-        L+=[f"  %k.{u} = add i64 %k, {32*u}",f"  %kc.{u} = add i64 %kc, {16*u}",f"  %cp.{u} = getelementptr i8, ptr %co, i64 %kc.{u}"]
-        if u%4==0: L+=[f"  %ahead.{u} = getelementptr i8, ptr %cp.{u}, i64 1024",f"  call void @llvm.prefetch.p0(ptr %ahead.{u}, i32 0, i32 3, i32 1)"]
-        L+=[f"  %cb.{u} = load <16 x i8>, ptr %cp.{u}, align 1",f"  %lo.{u} = and <16 x i8> %cb.{u}, {fif[10:]}",f"  %hi.{u} = lshr <16 x i8> %cb.{u}, {four}",
-            f"  %c.{u} = shufflevector <16 x i8> %lo.{u}, <16 x i8> %hi.{u}, {conc}"]
-        for r in rows:
-            L+=[f"  %xp{r}.{u} = getelementptr i8, ptr %x{r}, i64 %k.{u}",f"  %xv{r}.{u} = load <32 x i8>, ptr %xp{r}.{u}, align 1",
-                f"  %p{r}.{u} = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %c.{u}, <32 x i8> %xv{r}.{u})"]
-            L+=[f"  %s{r}.{u} = add <16 x i16> %p{r}.{u}, "+("zeroinitializer" if u==0 else f"%s{r}.{u-1}")]
-    L+=["  %sp = getelementptr float, ptr %so, i64 %g","  %s1 = load float, ptr %sp","  %s2 = insertelement <8 x float> poison, float %s1, i32 0",
-        f"  %sv = shufflevector <8 x float> %s2, <8 x float> poison, {z8}"]
-    for r in rows:
-        L+=[f"  %i{r} = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %s{r}.{U-1}, {ones})",
-            f"  %ep{r} = getelementptr i32, ptr %e{r}, i64 %g",f"  %e1{r} = load i32, ptr %ep{r}",f"  %e2{r} = insertelement <8 x i32> poison, i32 %e1{r}, i32 0",
-            f"  %ev{r} = shufflevector <8 x i32> %e2{r}, <8 x i32> poison, {z8}",f"  %j{r} = sub <8 x i32> %i{r}, %ev{r}",
-            f"  %jf{r} = sitofp <8 x i32> %j{r} to <8 x float>",
-            f"  %f{r}.next = call <8 x float> @llvm.fma.v8f32(<8 x float> %jf{r}, <8 x float> %sv, <8 x float> %f{r})"]
-    L+=["  %g.next = add i64 %g, 1","  %more = icmp ult i64 %g.next, %groups","  br i1 %more, label %loop, label %done","done:"]
-    for r in rows:
-        L+=[f"  %rM{r} = mul i64 %r{r}, %M",f"  %yo{r} = add i64 %rM{r}, %o",f"  %yp{r} = getelementptr float, ptr %y, i64 %yo{r}",
-            f"  %sum{r} = call reassoc float @llvm.vector.reduce.fadd.v8f32(float -0.0, <8 x float> %f{r}.next)",f"  store float %sum{r}, ptr %yp{r}"]
-    return "\n".join(L+["  ret void","}",""])
+def _int4_tile(group_size: int, rows: int, parameters: str) -> str:
+    return _unrolled(_INT4_TILE, rows).substitute(
+        rows=rows,
+        parameters=parameters,
+        group_size=group_size,
+        low_bits=_vector("i8", 15, 16),
+        shift=_vector("i8", 4, 16),
+        ones=_vector("i16", 1, 16),
+        evens_then_odds=", ".join(f"i32 {i}" for i in range(32)),
+    )
 
-@functools.cache
-def t8(): return native.register("lmx_int8_by",_int8_ir())
-@functools.cache
-def t4(G): return native.register(f"lmx_int4_by_{G}",_int4_ir(G))
-def k8(x,w):
-    return jax.ffi.ffi_call(t8(),jax.ShapeDtypeStruct((x.shape[0],w.shape[0]),jnp.int32))(x.astype(jnp.int16),w)
-def k4(x,codes,scale):
-    N,K=x.shape; M,groups=scale.shape; G=K//groups
-    e=jnp.sum(x.reshape(N,groups,G).astype(jnp.int32),-1)
-    xp=x.reshape(N,K//32,16,2).swapaxes(2,3).reshape(N,K)
-    return jax.ffi.ffi_call(t4(G),jax.ShapeDtypeStruct((N,M),jnp.float32))(xp,e,codes,scale)
+
+def _unrolled(lines: str, rows: int) -> Template:
+    """A line with # in it stands once for each row, whose number replaces #."""
+    return Template(
+        "\n".join(
+            line.replace("#", str(row))
+            for line in lines.splitlines()
+            for row in range(rows if "#" in line else 1)
+        )
+    )
+
+
+def _vector(kind: str, value: int, length: int) -> str:
+    return "<" + ", ".join([f"{kind} {value}"] * length) + ">"
+
+
+# y[r : r + rows, o] of x int16, w int8; the matrix is asked for 1 KB before it is read.
+_INT8_TILE = """
+define internal void @tile$rows($parameters, i64 %r, i64 %o) alwaysinline {
+entry:
+  %oK = mul i64 %o, %K
+  %w.o = getelementptr i8, ptr %w, i64 %oK
+  %r# = add i64 %r, #
+  %rK# = mul i64 %r#, %K
+  %x# = getelementptr i16, ptr %x, i64 %rK#
+  br label %loop
+loop:
+  %k = phi i64 [ 0, %entry ], [ %k.next, %loop ]
+  %s# = phi <8 x i32> [ zeroinitializer, %entry ], [ %s#.b, %loop ]
+  %w.a.at = getelementptr i8, ptr %w.o, i64 %k
+  %w.b.at = getelementptr i8, ptr %w.a.at, i64 16
+  %w.ahead = getelementptr i8, ptr %w.a.at, i64 1024
+  call void @llvm.prefetch.p0(ptr %w.ahead, i32 0, i32 3, i32 1)
+  %w.a.bytes = load <16 x i8>, ptr %w.a.at, align 1
+  %w.b.bytes = load <16 x i8>, ptr %w.b.at, align 1
+  %w.a = sext <16 x i8> %w.a.bytes to <16 x i16>
+  %w.b = sext <16 x i8> %w.b.bytes to <16 x i16>
+  %x#.a.at = getelementptr i16, ptr %x#, i64 %k
+  %x#.b.at = getelementptr i16, ptr %x#.a.at, i64 16
+  %x#.a = load <16 x i16>, ptr %x#.a.at, align 2
+  %x#.b = load <16 x i16>, ptr %x#.b.at, align 2
+  %p#.a = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %x#.a, <16 x i16> %w.a)
+  %p#.b = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %x#.b, <16 x i16> %w.b)
+  %s#.a = add <8 x i32> %s#, %p#.a
+  %s#.b = add <8 x i32> %s#.a, %p#.b
+  %k.next = add i64 %k, 32
+  %more = icmp ult i64 %k.next, %K
+  br i1 %more, label %loop, label %end
+end:
+  %rM# = mul i64 %r#, %M
+  %ro# = add i64 %rM#, %o
+  %y# = getelementptr i32, ptr %y, i64 %ro#
+  %sum# = call i32 @llvm.vector.reduce.add.v8i32(<8 x i32> %s#.b)
+  store i32 %sum#, ptr %y#
+  ret void
+}
+"""
+
+# y[r : r + rows, o] of x int8 with 16 even columns before 16 odd ones, and sums: of x over each group. A group's
+# sum of x (code - 8) is taken in 8 parts; -sum(x) in each of them makes the -8 sum(x).
+_INT4_TILE = """
+define internal void @tile$rows($parameters, i64 %r, i64 %o) alwaysinline {
+entry:
+  %groups = udiv i64 %K, $group_size
+  %bytes = udiv i64 %K, 2
+  %o.bytes = mul i64 %o, %bytes
+  %codes.o = getelementptr i8, ptr %codes, i64 %o.bytes
+  %o.groups = mul i64 %o, %groups
+  %scale.o = getelementptr float, ptr %scale, i64 %o.groups
+  %r# = add i64 %r, #
+  %rK# = mul i64 %r#, %K
+  %x# = getelementptr i8, ptr %x, i64 %rK#
+  %rG# = mul i64 %r#, %groups
+  %sums# = getelementptr i32, ptr %sums, i64 %rG#
+  br label %group
+group:
+  %g = phi i64 [ 0, %entry ], [ %g.next, %scaled ]
+  %f# = phi <8 x float> [ zeroinitializer, %entry ], [ %f#.next, %scaled ]
+  %k.begin = mul i64 %g, $group_size
+  %k.end = add i64 %k.begin, $group_size
+  br label %loop
+loop:
+  %k = phi i64 [ %k.begin, %group ], [ %k.next, %loop ]
+  %s# = phi <16 x i16> [ zeroinitializer, %group ], [ %s#.next, %loop ]
+  %k.bytes = udiv i64 %k, 2
+  %at = getelementptr i8, ptr %codes.o, i64 %k.bytes
+  %ahead = getelementptr i8, ptr %at, i64 1024
+  call void @llvm.prefetch.p0(ptr %ahead, i32 0, i32 3, i32 1)
+  %pairs = load <16 x i8>, ptr %at, align 1
+  %evens = and <16 x i8> %pairs, $low_bits
+  %odds = lshr <16 x i8> %pairs, $shift
+  %code = shufflevector <16 x i8> %evens, <16 x i8> %odds, <32 x i32> <$evens_then_odds>
+  %x#.at = getelementptr i8, ptr %x#, i64 %k
+  %x#.k = load <32 x i8>, ptr %x#.at, align 1
+  %p# = call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8> %code, <32 x i8> %x#.k)
+  %s#.next = add <16 x i16> %s#, %p#
+  %k.next = add i64 %k, 32
+  %more = icmp ult i64 %k.next, %k.end
+  br i1 %more, label %loop, label %scaled
+scaled:
+  %scale.at = getelementptr float, ptr %scale.o, i64 %g
+  %scale.one = load float, ptr %scale.at
+  %scale.part = insertelement <8 x float> poison, float %scale.one, i32 0
+  %scales = shufflevector <8 x float> %scale.part, <8 x float> poison, <8 x i32> zeroinitializer
+  %i# = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %s#.next, <16 x i16> $ones)
+  %sums#.at = getelementptr i32, ptr %sums#, i64 %g
+  %sums#.one = load i32, ptr %sums#.at
+  %sums#.part = insertelement <8 x i32> poison, i32 %sums#.one, i32 0
+  %sums#.all = shufflevector <8 x i32> %sums#.part, <8 x i32> poison, <8 x i32> zeroinitializer
+  %i#.zero = sub <8 x i32> %i#, %sums#.all
+  %i#.float = sitofp <8 x i32> %i#.zero to <8 x float>
+  %f#.next = call <8 x float> @llvm.fma.v8f32(<8 x float> %i#.float, <8 x float> %scales, <8 x float> %f#)
+  %g.next = add i64 %g, 1
+  %again = icmp ult i64 %g.next, %groups
+  br i1 %again, label %group, label %end
+end:
+  %rM# = mul i64 %r#, %M
+  %ro# = add i64 %rM#, %o
+  %y# = getelementptr float, ptr %y, i64 %ro#
+  %sum# = call reassoc float @llvm.vector.reduce.fadd.v8f32(float -0.0, <8 x float> %f#.next)
+  store float %sum#, ptr %y#
+  ret void
+}
+"""

@@ -38,11 +38,17 @@ def available() -> bool:
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """The flags that /proc/cpuinfo lists for the first processor; none where it does not exist."""
+    """What this machine's CPU can do, in the words of /proc/cpuinfo; nothing where there is no such file."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = next((line.partition(":")[2] for line in lines if line.startswith("flags")), "")
-    return frozenset(flags.split())
+    return flags_in(cpuinfo.read_text()) if cpuinfo.exists() else frozenset()
+
+
+def flags_in(cpuinfo: str) -> frozenset[str]:
+    """The flags (x86) or features (Arm) of the text of a /proc/cpuinfo."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    return frozenset(
+        flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()
+    )
 
 
 def register(name: str, chunk: str) -> str:
