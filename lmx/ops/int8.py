@@ -68,7 +68,8 @@ def int4_by(
     """x w^T for w[o, i] = scale[o, i // group_size] * (code[o, i] - 8), in float32.
 
     codes: code i of a row, 0 to 15, is bits 4 (i mod 8) to 4 (i mod 8) + 3 of its word i // 8. The scales of a row
-    stand for K / groups codes each. Sums within a group are exact; they are scaled and added up in float32.
+    stand for K / groups codes each. Sums within a group are exact where compiled; they are scaled and added up in
+    float32. It is for decoding: where compiled, it has no gradient by `scale`, and JAX says so.
     Raises: ValueError if K is not 8 words, or not a multiple of groups.
     """
     rows, K, groups = math.prod(x.shape[:-1]), x.shape[-1], scale.shape[1]
@@ -80,9 +81,8 @@ def int4_by(
     group_size = K // groups
 
     def widened(x, codes, scale):
-        code = (codes[..., None] >> (4 * jnp.arange(8, dtype=jnp.int32))) & 15
-        code = code.reshape(len(scale), groups, group_size)
-        w = (code - 8).astype(jnp.float32) * scale[..., None]
+        code = jnp.stack([(codes >> 4 * i) & 15 for i in range(8)], axis=-1)
+        w = (code - 8).reshape(-1, group_size).astype(jnp.float32) * scale.reshape(-1, 1)
         return rows_by(x.astype(jnp.float32), w.reshape(-1, K))
 
     compiled = group_size in GROUPS and _worth_compiling(rows, len(scale), K)
