@@ -37,6 +37,8 @@ FAST = frozenset({"amx_int8", "avx512_vnni", "avx_vnni"})
 """Flags of /proc/cpuinfo that promise int8 products, which XLA then uses."""
 FEW = 48
 """Up to so many rows the functions compiled here are faster; from 64 on XLA's dots cost the same."""
+TOGETHER = 4
+BLOCK = 8
 STEP = 32
 """Columns of the matrix that the compiled functions take at once: K is a multiple of it."""
 GROUPS = range(32, 257, 32)
@@ -167,7 +169,7 @@ def _tiles(tile, names: tuple[str, ...]) -> str:
         for i, name in zip((*range(len(names) - 1), -1), names)
     )
     return f"""
-{tile(4, parameters)}
+{tile(TOGETHER, parameters)}
 {tile(1, parameters)}
 define internal void @chunk(ptr %frame, i64 %begin, i64 %end) {{
 entry:
@@ -175,30 +177,35 @@ entry:
   %N = call i64 @dim(ptr %frame, i64 -1, i64 0)
   %M = call i64 @dim(ptr %frame, i64 -1, i64 1)
   %K = call i64 @dim(ptr %frame, i64 0, i64 1)
-  br label %column
-column:
-  %o = phi i64 [ %begin, %entry ], [ %o.next, %done ]
-  br label %fours
+  br label %block
+block:
+  %from = phi i64 [ %begin, %entry ], [ %until, %ones ]
+  %after = add i64 %from, {BLOCK}
+  %until = call i64 @llvm.umin.i64(i64 %after, i64 %end)
+  %none = icmp sge i64 %from, %end
+  br i1 %none, label %exit, label %fours
 fours:
-  %r = phi i64 [ 0, %column ], [ %r.next, %four ]
-  %r.next = add i64 %r, 4
+  %r = phi i64 [ 0, %block ], [ %r.next, %four ]
+  %r.next = add i64 %r, {TOGETHER}
   %fits = icmp sle i64 %r.next, %N
   br i1 %fits, label %four, label %ones
 four:
-  call void @tile4({parameters}, i64 %r, i64 %o)
-  br label %fours
+  %o = phi i64 [ %from, %fours ], [ %o.next, %four ]
+  call void @tile{TOGETHER}({parameters}, i64 %r, i64 %o)
+  %o.next = add i64 %o, 1
+  %o.more = icmp slt i64 %o.next, %until
+  br i1 %o.more, label %four, label %fours
 ones:
   %q = phi i64 [ %r, %fours ], [ %q.next, %one ]
-  %left = icmp slt i64 %q, %N
-  br i1 %left, label %one, label %done
-one:
-  call void @tile1({parameters}, i64 %q, i64 %o)
   %q.next = add i64 %q, 1
-  br label %ones
-done:
-  %o.next = add i64 %o, 1
-  %more = icmp slt i64 %o.next, %end
-  br i1 %more, label %column, label %exit
+  %left = icmp slt i64 %q, %N
+  br i1 %left, label %one, label %block
+one:
+  %p = phi i64 [ %from, %ones ], [ %p.next, %one ]
+  call void @tile1({parameters}, i64 %q, i64 %p)
+  %p.next = add i64 %p, 1
+  %p.more = icmp slt i64 %p.next, %until
+  br i1 %p.more, label %one, label %ones
 exit:
   ret void
 }}
