@@ -1,4 +1,4 @@
-"""Few rows times int8 and int4 matrices on a CPU, in several forms: milliseconds of a model's matrices, all of them.
+"""Rows times int8 and int4 matrices on a CPU, in several forms: milliseconds of a model's matrices, all of them.
 
     python scripts/bench_int8.py --d-model 576 --d-ff 1536 --kv 192 --vocab 49152 --layers 30
 

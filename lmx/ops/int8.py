@@ -1,21 +1,22 @@
-"""Few rows times a matrix of whole numbers, as decoding with quantized weights multiplies.
+"""Rows times a matrix of whole numbers, as decoding with quantized weights multiplies.
 
-| where                                                                | `int8_by`          | `int4_by`          |
-|----------------------------------------------------------------------|--------------------|--------------------|
-| CPU: up to FEW rows, K a multiple of STEP, and `native.available()`; | compiled here      | compiled here      |
-| for int8 no FAST units, for int4 a group size in GROUPS              |                    |                    |
-| CPU otherwise                                                        | int8 dot, 2 rows   | widened to float32 |
-|                                                                      | or more            |                    |
-| GPU, TPU                                                             | int8 dot           | widened to float32 |
+| where                                                                 | `int8_by`          | `int4_by`          |
+|-----------------------------------------------------------------------|--------------------|--------------------|
+| CPU: up to ROWS rows, K a multiple of STEP, and `native.available()`; | compiled here      | compiled here      |
+| for int8 no FAST units, for int4 a group size in GROUPS               |                    |                    |
+| CPU otherwise                                                         | int8 dot, 2 rows   | widened to float32 |
+|                                                                       | or more            |                    |
+| GPU, TPU                                                              | int8 dot           | widened to float32 |
 
-XLA:CPU multiplies int8 fast where it has AMX. On AVX2 its dot takes as long as that of float32, though it reads a
-quarter of the bytes, and one row takes six times as long as two (`scripts/bench_int8.py`). Converting blocks of the
-matrix just before their product takes as long as float32 too; integer sums over either axis and dots of int16 or
-int32 take longer. So the products are written in LLVM's language below.
+XLA:CPU multiplies int8 fast where it has AMX. On AVX2 its dot is 1.1 to 1.8 times as fast as that of float32, and
+one row takes six times as long as two. Converting blocks of the matrix just before their product takes as long as
+float32; integer sums over either axis and dots of int16 or int32 take longer. So the products are written in LLVM's
+language below: of one row 2.5 times as fast as float32, which reads four times the bytes, and of 16 or more rows
+1.4 to 1.8 times (`scripts/bench_int8.py`).
 
 int8: pmaddwd multiplies 16 pairs of int16 and adds neighbours; bytes of the matrix are widened on the way. int4:
 pmaddubsw multiplies 32 codes 0 to 15 by int8 and adds neighbours as int16, where the sums of a group fit, since
-8 * 2 * 15 * 128 < 2^15. Four rows share what is read of the matrix.
+8 * 2 * 15 * 128 < 2^15.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ from lmx.ops.dot import rows_by
 
 FAST = frozenset({"amx_int8", "avx512_vnni", "avx_vnni"})
 """Flags of /proc/cpuinfo that promise int8 products, which XLA then uses."""
-FEW = 48
-"""Up to so many rows the functions compiled here are faster; from 64 on XLA's dots cost the same."""
-TOGETHER = 4
-BLOCK = 8
+ROWS = 512
+"""Up to so many rows the functions compiled here were measured, and faster than XLA's dots."""
 STEP = 32
 """Columns of the matrix that the compiled functions take at once: K is a multiple of it."""
+TOGETHER = 4
+"""Rows that share what is read of the matrix."""
+BLOCK = 8
+"""Rows of the matrix, BLOCK K bytes, that stay in the nearest cache while all rows of x pass."""
 GROUPS = range(32, 257, 32)
 """Codes that may share a scale in the compiled int4 product."""
 
@@ -94,7 +97,7 @@ def int4_by(
 
 
 def _worth_compiling(rows: int, M: int, K: int) -> bool:
-    return 0 < rows <= FEW and M > 0 and K > 0 and K % STEP == 0 and native.available()
+    return 0 < rows <= ROWS and M > 0 and K > 0 and K % STEP == 0 and native.available()
 
 
 @custom_vmap
@@ -158,7 +161,7 @@ declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
 
 
 def _tiles(tile, names: tuple[str, ...]) -> str:
-    """Columns begin to end of y [N, M], one after another: four rows at a time, then one at a time.
+    """Columns begin to end of y [N, M], BLOCK by BLOCK: for TOGETHER rows at a time, then for one at a time.
 
     names: of the call's arguments in their order, the first [N, K], and of its result.
     """
@@ -183,20 +186,20 @@ block:
   %after = add i64 %from, {BLOCK}
   %until = call i64 @llvm.umin.i64(i64 %after, i64 %end)
   %none = icmp sge i64 %from, %end
-  br i1 %none, label %exit, label %fours
-fours:
-  %r = phi i64 [ 0, %block ], [ %r.next, %four ]
+  br i1 %none, label %exit, label %several
+several:
+  %r = phi i64 [ 0, %block ], [ %r.next, %some ]
   %r.next = add i64 %r, {TOGETHER}
   %fits = icmp sle i64 %r.next, %N
-  br i1 %fits, label %four, label %ones
-four:
-  %o = phi i64 [ %from, %fours ], [ %o.next, %four ]
+  br i1 %fits, label %some, label %ones
+some:
+  %o = phi i64 [ %from, %several ], [ %o.next, %some ]
   call void @tile{TOGETHER}({parameters}, i64 %r, i64 %o)
   %o.next = add i64 %o, 1
   %o.more = icmp slt i64 %o.next, %until
-  br i1 %o.more, label %four, label %fours
+  br i1 %o.more, label %some, label %several
 ones:
-  %q = phi i64 [ %r, %fours ], [ %q.next, %one ]
+  %q = phi i64 [ %r, %several ], [ %q.next, %one ]
   %q.next = add i64 %q, 1
   %left = icmp slt i64 %q, %N
   br i1 %left, label %one, label %block

@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 from lmx.ops import int8, native
-from lmx.ops.int8 import FAST, FEW, int4_by, int8_by
+from lmx.ops.int8 import FAST, ROWS, int4_by, int8_by
 
 COMPILES = native.available()
 needs_compiler = pytest.mark.skipif(not COMPILES, reason="needs Linux, AVX2 and llvmlite")
@@ -28,7 +28,7 @@ def form(request, monkeypatch):
     monkeypatch.setattr(int8, "FAST", frozenset())
 
 
-@pytest.mark.parametrize("rows", [(), (1,), (2,), (3,), (4,), (7,), (2, 3), (FEW + 1,), (0,), (2, 0)])
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (3,), (4,), (7,), (2, 3), (ROWS + 1,), (0,), (2, 0)])
 @pytest.mark.parametrize("M, K", [(1, 32), (3, 33), (33, 64), (192, 576), (701, 96), (0, 32), (5, 1), (3, 0)])
 def test_int8_equals_numpy_exactly(form, rows, M, K):
     x, w = whole(*rows, K), whole(M, K)
@@ -42,7 +42,7 @@ def test_int8_of_the_lowest_numbers_does_not_overflow(form):
     np.testing.assert_array_equal(int8_by(x, w), np.full((5, 3), 1536 * 128**2))
 
 
-@pytest.mark.parametrize("rows", [(), (1,), (2, 3), (9,), (FEW + 1,), (0,)])
+@pytest.mark.parametrize("rows", [(), (1,), (2, 3), (9,), (ROWS + 1,), (0,)])
 @pytest.mark.parametrize(
     "M, K, groups",
     [(1, 32, 1), (33, 96, 3), (192, 576, 9), (35, 1024, 8), (3, 512, 2), (2, 48, 3), (4, 1024, 2)],
@@ -145,7 +145,7 @@ def test_the_work_is_shared_among_any_number_of_threads(threads, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "rows, K, compiled", [(1, 64, True), (FEW, 64, True), (FEW + 1, 64, False), (1, 40, False)]
+    "rows, K, compiled", [(1, 64, True), (ROWS, 64, True), (ROWS + 1, 64, False), (1, 40, False)]
 )
 def test_cpu_gets_the_function_for_few_rows_of_whole_steps(monkeypatch, rows, K, compiled):
     monkeypatch.setattr(int8, "FAST", frozenset())
