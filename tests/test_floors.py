@@ -21,7 +21,7 @@ FLOORS = {
 STEPS = [step for steps in FLOORS.values() for step in steps]
 FLOOR = {part: n for n, step in enumerate(STEPS) for part in step.split()}
 GROUND = " ".join(FLOORS["ground"]).split()
-GROUND_IMPORTS = {"jax", "jaxlib", "numpy", "jaxtyping", "regex"}
+GROUND_IMPORTS = {"jax", "jaxlib", "numpy", "jaxtyping", "regex", "llvmlite"}
 
 
 def modules():

@@ -19,13 +19,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from lmx.ops.barrier import once
+from lmx.ops.native import cpu_flags
 
 UNITS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Flags of /proc/cpuinfo that promise bfloat16 products: x86 matrix units, x86 vectors, Arm vectors."""
@@ -111,19 +111,9 @@ def _turned(x: Float[Array, "n r c"]) -> Float[Array, "n c r"]:
     return x.reshape(n, r // 2, 2, c).transpose(0, 3, 1, 2).reshape(n, c, r)
 
 
-@functools.cache
 def bfloat16_units() -> bool:
     """Whether this machine's CPU multiplies bfloat16 itself; False where /proc/cpuinfo does not say."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and has_units(cpuinfo.read_text())
-
-
-def has_units(cpuinfo: str) -> bool:
-    """Whether the text of a /proc/cpuinfo lists one of UNITS among the flags (x86) or features (Arm)."""
-    lines = (line.partition(":") for line in cpuinfo.splitlines())
-    return any(
-        UNITS & set(value.split()) for name, _, value in lines if name.strip() in ("flags", "Features")
-    )
+    return bool(UNITS & cpu_flags())
 
 
 def _plain(a, b, axes):
