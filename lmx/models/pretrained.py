@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -254,7 +255,7 @@ def first_same(
         other = [part for part in wanted if again[part] != wanted[part]]
         told = ", ".join(f"{part}={wanted[part]}" for part in other)
         problems.append((len(other), f"{name} has no counterpart for {told}"))
-    nearest = min(problems)[1]
+    nearest = min(problems, key=itemgetter(0))[1]
     raise ValueError(f"no {what} can represent this model; the nearest: {nearest}")
 
 
@@ -269,7 +270,11 @@ def _meaning(config: TransformerConfig) -> dict[str, Any]:
         mlp=replace(config.mlp, d_ff=config.mlp.width(config.d_model)),
     )
     free = ("dropout", "init_std", "dtype", "remat", "unroll")
-    return {f.name: getattr(settled, f.name) for f in fields(settled) if f.name not in free}
+    found = {f.name: getattr(settled, f.name) for f in fields(settled) if f.name not in free}
+    for name in ("attention", "norm"):
+        part = found.pop(name)
+        found |= {f"{name}.{f.name}": getattr(part, f.name) for f in fields(part)}
+    return found
 
 
 def _context(fields: Mapping[str, Any]) -> int | None:
