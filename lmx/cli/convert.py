@@ -99,12 +99,12 @@ def _to_gguf(asked: Options) -> None:
         raise ValueError(
             f"--dtype {asked.dtype} is of folders; give a GGUF file's --type, such as F16 or Q4_K"
         )
-    if pretrained.is_released(asked.source):
-        model, like = trained(asked.source), pretrained.find(asked.source).fields
-    else:
+    if (asked.source / "run.txt").exists():
         model = trained(asked.source, cli.step_of(asked.source, asked.step), asked.ema)
         kept = asked.source / pretrained.KEPT / "config.json"
         like = pretrained.read_object(kept) if kept.exists() else {}
+    else:
+        like, model = pretrained.find(asked.source).fields, trained(asked.source)
     kind = asked.type or "F16"
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     fallen = gguf_export.save(

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import regex
 import tokenizers
 
 from lmx.data.tokenizer import PATTERNS
@@ -30,8 +32,14 @@ CUTS: dict[str, tuple[str, bool]] = {
     "llama-bpe": (PATTERNS["llama3"], False),
     "qwen2": (QWEN, False),
     "gpt-4o": (PATTERNS["o200k"], False),
+    "granite-embed-multi-97m": (PATTERNS["o200k"], False),
 }
-"""`tokenizer.ggml.pre` -> how text is cut before pairs are joined, and whether each digit is cut off first."""
+"""`tokenizer.ggml.pre` -> how text is cut before pairs are joined, and whether each digit is cut off first.
+
+Models of "gpt-4o" learned it so; llama.cpp leaves out the marks of that pattern, \\p{M}, and cuts हिन्दी before every
+vowel sign. Since 2026 it knows the whole pattern, by the name MARKED.
+"""
+MARKED = "granite-embed-multi-97m"
 SPACE = "▁"
 NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 """Role in the metadata -> in a `Tokenizer`."""
@@ -200,6 +208,13 @@ def metadata_of(tokenizer: Tokenizer, n_tokens: int, bos_id: int | None = None) 
         types[i] = CONTROL if token["special"] else USER
     as_kind = _as_byte_level if "ByteLevel" in str(layout["decoder"]) else _as_sentencepiece
     found = as_kind(layout, tokens, types)
+    if found.get("pre") == "gpt-4o" and _joins_marks(tokenizer):
+        found["pre"] = MARKED
+        warnings.warn(
+            f"tokens join letters with their marks, as of Hindi: a llama.cpp from before it knew {MARKED} (2026) will "
+            "not open the file",
+            stacklevel=2,
+        )
     roles = {role: tokenizer.roles[name] for role, name in NAMED.items()}
     ids = {role: tokens.index(token) for role, token in roles.items() if token is not None}
     if bos_id is not None:
@@ -276,6 +291,21 @@ def _as_sentencepiece(layout: dict[str, Any], tokens: list[str], types: list[int
         step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in before
     )
     return {"model": "llama", "scores": scores, "add_space_prefix": prefix}
+
+
+def _joins_marks(tokenizer: Tokenizer) -> bool:
+    """Whether a token holds a mark beside another character, or crosses characters that it holds in part."""
+    for i in range(tokenizer.vocab_size):
+        raw = tokenizer.token_bytes(i)
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            if any(byte >= 0xC0 for byte in raw[1:]):
+                return True
+        else:
+            if len(text) > 1 and regex.search(r"\p{M}", text):
+                return True
+    return False
 
 
 def _check_same(tokenizer: Tokenizer, again: Tokenizer) -> None:

@@ -166,7 +166,7 @@ def test_rows_that_blocks_do_not_divide_have_another_type_and_are_reported(kind,
 
 
 def test_what_came_with_a_model_goes_with_it(tmp_path):
-    tokenizer = Bpe(320).train([TEXT]).ending_with([2, 5])
+    tokenizer = Bpe(320, pattern="gpt2").train([TEXT]).ending_with([2, 5])
     config, params = small("qwen3", tokens=330)
     template = "{{ bos_token }}{{ messages[0].content }} नमस्ते"
     chat = ChatTemplate(template, {"bos_token": "<|bos|>"})
@@ -218,8 +218,7 @@ PEERS = {
     "qwen3-moe": ("qwen3_moe", EXPERTS, 3e-5),
     "phi3": ("phi3", {"partial_rotary_factor": 0.5}, 3e-5),
     "olmo2": ("olmo2", {}, 3e-5),
-    "gemma2": ("gemma2", {"sliding_window": 16, "attn_logit_softcapping": 50.0}, 4e-3),
-    "gemma2-cap": (
+    "gemma2": (
         "gemma2",
         {"sliding_window": 16, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
         4e-3,
@@ -234,7 +233,7 @@ PEERS = {
 @pytest.mark.parametrize("name", PEERS)
 def test_llama_cpp_finds_the_same_logits_and_tokens(name, tmp_path):
     model_type, changed, atol = PEERS[name]
-    tokenizer = Bpe(320).train([TEXT])
+    tokenizer = Bpe(320, pattern="llama3").train([TEXT])
     config, params = small(model_type, tokens=tokenizer.vocab_size, **changed)
     ids = np.random.default_rng(0).integers(3, config.vocab_size, 48)
     want = np.asarray(logits(config, params, ids[None]))[0]
@@ -252,14 +251,37 @@ def test_llama_cpp_finds_the_same_logits_and_tokens(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
 @pytest.mark.parametrize("kind", [kind for kind in gguf.BLOCKS if kind[0] == "Q" or kind == "BF16"])
 def test_llama_cpp_finds_the_logits_of_rounded_weights(name, kind, tmp_path):
-    """Which it multiplies with activations of 8 bits, so that a tenth of the logits' deviation may be off."""
+    """Which it multiplies with activations that it rounds too, to 8 bits in blocks as wide as those of the weights."""
     model_type, changed, _ = PEERS[name]
     config, params = small(model_type, **changed)
     found, _ = saved(tmp_path / "a.gguf", config, params, kind=kind)
     ids = np.random.default_rng(0).integers(3, config.vocab_size, 48)
     want = np.asarray(logits(found.config, pretrained.load(found), ids[None]))[0]
-    off = np.abs(LlamaCpp(tmp_path / "a.gguf").logits(ids) - want).max()
-    assert off < 0.15 * want.std(), off / want.std()
+    off = LlamaCpp(tmp_path / "a.gguf").logits(ids) - want
+    assert off.std() < (0.01 if kind == "BF16" else 0.05) * want.std()
+
+
+@pytest.mark.peers
+def test_llama_cpp_keeps_vowel_signs_with_their_letters(tmp_path):
+    """In the build of `xllamacpp`, which tells how many tokens a prompt has, with one bos."""
+    import xllamacpp
+
+    tokenizer = Bpe(320).train([TEXT])
+    config, params = small("llama", tokens=tokenizer.vocab_size)
+    with pytest.warns(UserWarning, match="will not open the file"):
+        saved(tmp_path / "a.gguf", config, params, tokenizer)
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.warmup = str(tmp_path / "a.gguf"), 128, False
+    server = xllamacpp.Server(settings)
+    for text in (
+        "HELLO Worlds, I'LL",
+        "नदी नावों को",
+        "क्षत्रिय में हैं। ई के की",
+        TEXT[:60],
+        "naïve é x/y\n\n 123456 🙂",
+    ):
+        answer = server.handle_completions({"prompt": text, "max_tokens": 1, "cache_prompt": False})
+        assert answer["usage"]["prompt_tokens"] == 1 + len(tokenizer.encode(text)), text
 
 
 def _greedy(config, params, ids, n):
