@@ -270,13 +270,14 @@ def _as_sentencepiece(layout: dict[str, Any], tokens: list[str], types: list[int
     model, before = layout["model"], list(flat(layout["normalizer"], "normalizers"))
     before += flat(layout["pre_tokenizer"], "pretokenizers")
     kinds = {step["type"] for step in before}
-    if not set(byte_pieces()) <= set(tokens) or kinds - {"Prepend", "Replace", "Metaspace", "Split"}:
+    pieces = set(byte_pieces())
+    if not pieces <= set(tokens) or kinds - {"Prepend", "Replace", "Metaspace", "Split"}:
         raise ValueError(
             f"a tokenizer of pairs with {', '.join(sorted(kinds)) or 'no steps'} before them, or without a token for "
             f"each byte, has no counterpart in llama.cpp; {_TRAIN}"
         )
     for i, token in enumerate(tokens):
-        if types[i] == NORMAL and token in set(byte_pieces()):
+        if types[i] == NORMAL and token in pieces:
             types[i] = BYTE
         if token == model["unk_token"]:
             types[i] = UNKNOWN

@@ -45,6 +45,14 @@ WHERE_ROWS_ARE_NO_BLOCKS = {
 """As llama.cpp has it; F16 in place of every other type."""
 UNROUNDED = ("position_embd.weight", "ffn_gate_inp.weight")
 
+SCALED = {
+    Divided: ("llama",),
+    Llama3: ("llama",),
+    Linear: ("llama", "qwen2", "qwen3", "qwen3moe", "gemma3"),
+    YaRN: ("llama", "qwen2", "qwen3", "qwen3moe"),
+}
+"""Scaling of RoPE -> architectures in which llama.cpp was seen to compute it."""
+
 
 def save(
     path: str | Path,
@@ -81,6 +89,9 @@ def save(
     metadata, entries, divisors = pretrained.first_same(
         _as_stored(config), tries, "architecture of GGUF that lmx writes"
     )
+    a, scaling = metadata["general.architecture"], getattr(config.position, "scaling", Scaling())
+    if a not in SCALED.get(type(scaling), ARCHITECTURES):
+        raise ValueError(f"llama.cpp leaves {scaling} out of account in {a}; use a model without")
     metadata |= {"general.name": path.stem} | metadata_of(tokenizer, config.vocab_size, bos_id)
     metadata |= {} if chat is None else {"tokenizer.chat_template": chat.source}
     metadata |= {"general.quantization_version": 2} if kind.startswith("Q") else {}

@@ -101,6 +101,13 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, problem, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("model_type, fields", [("qwen3", "LLAMA3"), ("olmo2", "YARN")])
+def test_scaling_that_llama_cpp_has_not_seen_in_an_architecture_is_refused(model_type, fields, tmp_path):
+    config, params = small(model_type, rope_parameters=globals()[fields])
+    with pytest.raises(ValueError, match=f"llama.cpp leaves .* out of account in {model_type}"):
+        saved(tmp_path / "a.gguf", config, params, like=model_type)
+
+
 def small(model_type, rng=0, tokens=320, **changed):
     """A random model of 256 features, every parameter drawn, as released ones would be named."""
     said = {
@@ -224,6 +231,11 @@ PEERS = {
         4e-3,
     ),
     "gemma3": ("gemma3_text", {"sliding_window": 16, "num_hidden_layers": 7}, 4e-3),
+    "gemma3-linear": (
+        "gemma3_text",
+        {"sliding_window": 16, "num_hidden_layers": 7, "rope_parameters": {"full_attention": LINEAR}},
+        4e-3,
+    ),
     "gpt2": ("gpt2", {}, 4e-3),
 }
 """Case -> family, fields, and how far llama.cpp's float32 logits may lie off; its GELU is a table of float16."""
