@@ -212,6 +212,7 @@ YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_pos
 LLAMA3 = {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"rope_theta": 1e6, "rope_type": "linear", "factor": 4.0}
+NO = {"rope_theta": 1e4, "rope_type": "default"}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
 PEERS = {
     "llama": ("llama", {}, 3e-5),
@@ -233,7 +234,11 @@ PEERS = {
     "gemma3": ("gemma3_text", {"sliding_window": 16, "num_hidden_layers": 7}, 4e-3),
     "gemma3-linear": (
         "gemma3_text",
-        {"sliding_window": 16, "num_hidden_layers": 7, "rope_parameters": {"full_attention": LINEAR}},
+        {
+            "sliding_window": 16,
+            "num_hidden_layers": 7,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": NO},
+        },
         4e-3,
     ),
     "gpt2": ("gpt2", {}, 4e-3),
