@@ -1,12 +1,17 @@
-"""Reads a released model into a run's folder, or writes a run as a folder that transformers reads.
+"""Reads a released model into a run's folder, or writes a run as a folder that transformers reads, or any model as a
+GGUF file that llama.cpp reads.
 
   lmx convert SmolLM2-135M-Instruct.gguf runs/smollm2       a GGUF file, to evaluate and to generate from
   lmx convert ~/models/Qwen3-0.6B runs/qwen3                a Hugging Face folder: config.json, safetensors, tokenizer
   lmx convert runs/qwen3 exported --dtype bfloat16          back again: what came from bfloat16 files, byte for byte
   lmx convert runs/quickstart/model exported                a model of our own, in the family that computes the same
+  lmx convert runs/quickstart/model mine.gguf               one file with tokenizer and chat template, weights in F16
+  lmx convert ~/models/Qwen3-0.6B small.gguf --type Q4_K    the same in 4.5 bits a weight
 
-The first form makes a run of no steps: its checkpoint is step 0. What lmx cannot represent is an error that names the
-field, and so is a pickle: nothing in a model's files is executed.
+The first form makes a run of no steps: its checkpoint is step 0. A GGUF file is made of a run or a released model
+alike: F32 and BF16 and F16 keep or round the weights, Q8_0 costs little, Q6_K, Q5_K, Q4_K ever more; embedding and
+head then stay at Q6_K. What lmx cannot represent, or llama.cpp computes otherwise, is an error that names the field,
+and so is a pickle: nothing in a model's files is executed.
 """
 
 from __future__ import annotations
@@ -30,9 +35,28 @@ class Options:
     source: tyro.conf.Positional[Path]
     """A Hugging Face folder, a .gguf file, or a run's folder."""
     out: tyro.conf.Positional[Path]
-    """The folder to make; it must not exist, or be empty."""
+    """The folder to make; it must not exist, or be empty. A name that ends in .gguf is a GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of written weights; that of the model's source if not given, or float32."""
+    """Of a folder's weights; that of the model's source if not given, or float32."""
+    type: (
+        Literal[
+            "F32",
+            "F16",
+            "BF16",
+            "Q8_0",
+            "Q4_0",
+            "Q4_1",
+            "Q5_0",
+            "Q5_1",
+            "Q2_K",
+            "Q3_K",
+            "Q4_K",
+            "Q5_K",
+            "Q6_K",
+        ]
+        | None
+    ) = None
+    """Of a GGUF file's matrices; F16 if not given."""
     step: str = "latest"
     """Of a run's checkpoint: latest, best or a number."""
     ema: bool = False
@@ -41,6 +65,13 @@ class Options:
 
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "convert")
+    if asked.out.suffix == ".gguf":
+        _to_gguf(asked)
+        return
+    if asked.type:
+        raise ValueError(
+            f"--type {asked.type} is of GGUF files; end {asked.out} in .gguf, or use --dtype for a folder"
+        )
     if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
         raise ValueError(f"{asked.out} is already there; name a new folder")
     if asked.out.is_mount() or (asked.out.exists() and asked.out.samefile(".")):
@@ -56,6 +87,44 @@ def main(argv: list[str]) -> None:
     with _whole(asked.out) as folder:
         _adopt(asked.source, folder, asked.out)
     print(f"wrote {asked.out}; `lmx info {asked.out}`, `lmx generate {asked.out}` and `lmx eval` read it")
+
+
+def _to_gguf(asked: Options) -> None:
+    from lmx.models import gguf_export, pretrained
+    from lmx.run import trained
+
+    if os.path.lexists(asked.out):
+        raise ValueError(f"{asked.out} is already there; name a new file")
+    if asked.dtype:
+        raise ValueError(
+            f"--dtype {asked.dtype} is of folders; give a GGUF file's --type, such as F16 or Q4_K"
+        )
+    if (asked.source / "run.txt").exists():
+        model = trained(asked.source, cli.step_of(asked.source, asked.step), asked.ema)
+        kept = asked.source / pretrained.KEPT / "config.json"
+        like = pretrained.read_object(kept) if kept.exists() else {}
+    else:
+        like, model = pretrained.find(asked.source).fields, trained(asked.source)
+    kind = asked.type or "F16"
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    fallen = gguf_export.save(
+        asked.out,
+        model.run.model,
+        model.params,
+        model.tokenizer,
+        kind=kind,
+        context=model.context,
+        chat=model.chat,
+        bos_id=like.get("bos_token_id"),
+        like=like.get("model_type"),
+    )
+    if fallen:
+        types = " or ".join(sorted(set(fallen.values())))
+        print(
+            f"{len(fallen)} matrices have rows that {kind} does not divide into blocks, and are {types} in its place"
+        )
+    size = asked.out.stat().st_size / 2**20
+    print(f"wrote {asked.out}, {size:,.1f} MiB; `lmx chat`, `lmx generate` and llama.cpp read it")
 
 
 @contextmanager

@@ -52,8 +52,8 @@ PATTERNS = {
 """How text is cut before pairs are joined: no token crosses a cut.
 
 Only "o200k" (OpenAI's gpt-4o) keeps vowel signs and viramas, \\p{M}, with their letters: "gpt2" and "llama3"
-cut हिन्दी into pieces, which no vocabulary is large enough to mend. llama.cpp knows them as gpt-4o, gpt-2 and
-llama-bpe. All three cut before a joiner, U+200C or U+200D.
+cut हिन्दी into pieces, which no vocabulary is large enough to mend. llama.cpp knows them as granite-embed-multi-97m,
+gpt-2 and llama-bpe; its gpt-4o is "o200k" without \\p{M}. All three cut before a joiner, U+200C or U+200D.
 """
 
 _WORD = " ?[\\p{L}\\p{M}\\p{N}][\\p{L}\\p{M}\\p{N}\u200c\u200d]*| ?[^\\s\\p{L}\\p{M}\\p{N}]|\\s"

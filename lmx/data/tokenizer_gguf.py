@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file describes in its metadata, as a `Tokenizer`.
+"""The tokenizer that a GGUF file describes in its metadata, as a `Tokenizer`; and a `Tokenizer` as such metadata.
 
     tokenizer.ggml.model = "gpt2"     byte-level BPE: tokens and merges, cut as `tokenizer.ggml.pre` says
     tokenizer.ggml.model = "llama"    SentencePiece BPE: tokens and scores, what has no token in bytes
@@ -8,14 +8,17 @@ Source: ggml, docs/gguf.md, "Tokenizer"; llama.cpp, src/llama-vocab.cpp, for wha
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import regex
 import tokenizers
 
 from lmx.data.tokenizer import PATTERNS
-from lmx.data.tokenizer_json import MAX_VOCAB, Tokenizer, told
+from lmx.data.tokenizer_json import MAX_VOCAB, Tokenizer, byte_pieces, flat, told
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 QWEN = PATTERNS["llama3"].replace(r"\p{N}{1,3}", r"\p{N}")
@@ -29,9 +32,19 @@ CUTS: dict[str, tuple[str, bool]] = {
     "llama-bpe": (PATTERNS["llama3"], False),
     "qwen2": (QWEN, False),
     "gpt-4o": (PATTERNS["o200k"], False),
+    "granite-embed-multi-97m": (PATTERNS["o200k"], False),
 }
-"""`tokenizer.ggml.pre` -> how text is cut before pairs are joined, and whether each digit is cut off first."""
+"""`tokenizer.ggml.pre` -> how text is cut before pairs are joined, and whether each digit is cut off first.
+
+Models of "gpt-4o" learned it so; llama.cpp leaves out the marks of that pattern, \\p{M}, and cuts हिन्दी before every
+vowel sign. Since 2026 it knows the whole pattern, by the name MARKED.
+"""
+MARKED = "granite-embed-multi-97m"
 SPACE = "▁"
+NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+"""Role in the metadata -> in a `Tokenizer`."""
+ENDS = ("eos", "eot", "eom")
+"""Roles of the tokens that end a reply."""
 
 
 def tokenizer_of(metadata: Mapping[str, Any], name: str) -> Tokenizer:
@@ -54,13 +67,12 @@ def tokenizer_of(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         for i, token in enumerate(tokens)
         if types[i] in (CONTROL, USER) or (types[i] == UNKNOWN and kind == "llama")
     ]
-    roles = {role: token_of(metadata, tokens, role) for role in ("bos", "eos", "unknown", "padding")}
+    roles = {role: token_of(metadata, tokens, role) for role in NAMED}
     if not begins(metadata):
         roles["bos"] = None
-    named = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     with told(f"{name}: no tokenizer that tokenizers {tokenizers.__version__} knows", "fetch the file again"):
         rust = tokenizers.Tokenizer.from_str(json.dumps(layout))
-    return Tokenizer(rust, {named[role]: token for role, token in roles.items()}, name)
+    return Tokenizer(rust, {NAMED[role]: token for role, token in roles.items()}, name)
 
 
 def _list(metadata: Mapping[str, Any], key: str, kind: Any, name: str) -> list[Any]:
@@ -161,3 +173,150 @@ def token_of(metadata: Mapping[str, Any], tokens: Sequence[str], role: str) -> s
 def _added(i: int, token: str, special: bool) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": i, "content": token, "special": special, **flags}
+
+
+def metadata_of(tokenizer: Tokenizer, n_tokens: int, bos_id: int | None = None) -> dict[str, Any]:
+    """The metadata that `tokenizer_of` makes the same tokenizer of.
+
+    Args:
+      n_tokens: rows of the model's embedding; those beyond the vocabulary are called [PAD0], [PAD1] and so on.
+      bos_id: named as the bos where the tokenizer has none; texts still begin without it.
+    Raises: ValueError for a tokenizer that llama.cpp has no counterpart of, with what it would cut otherwise.
+    """
+    layout = tokenizer.layout
+    added = {token["id"]: token for token in layout["added_tokens"]}
+    if tokenizer.kind not in ("bpe", "byte"):
+        raise ValueError(f"a tokenizer of kind {tokenizer.kind} has no counterpart in llama.cpp; {_TRAIN}")
+    if tokenizer.vocab_size > n_tokens:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model rows for {n_tokens:,} alone"
+        )
+    for token in added.values():
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise ValueError(
+                f"the token {token['content']!r:.99} takes spaces beside it or whole words alone, which GGUF cannot "
+                "say; set its lstrip, rstrip and single_word to false in tokenizer.json"
+            )
+    tokens = [tokenizer.token(i) for i in range(tokenizer.vocab_size)] + [None] * (
+        n_tokens - tokenizer.vocab_size
+    )
+    types = [UNUSED if token is None else NORMAL for token in tokens]
+    empty = (i for i, type_ in enumerate(types) if type_ == UNUSED)
+    for n, i in enumerate(empty):
+        tokens[i] = f"[PAD{n}]"
+    for i, token in added.items():
+        types[i] = CONTROL if token["special"] else USER
+    as_kind = _as_byte_level if "ByteLevel" in str(layout["decoder"]) else _as_sentencepiece
+    found = as_kind(layout, tokens, types)
+    if found.get("pre") == "gpt-4o" and _joins_marks(tokenizer):
+        found["pre"] = MARKED
+        warnings.warn(
+            f"tokens join letters with their marks, as of Hindi: a llama.cpp from before it knew {MARKED} (2026) will "
+            "not open the file",
+            stacklevel=2,
+        )
+    roles = {role: tokenizer.roles[name] for role, name in NAMED.items()}
+    ids = {role: tokens.index(token) for role, token in roles.items() if token is not None}
+    if bos_id is not None:
+        ids.setdefault("bos", bos_id)
+    ends = sorted(tokenizer.end_ids, key=lambda i: i != tokenizer.eos_id)
+    if len(ends) > len(ENDS):
+        raise ValueError(f"{len(ends)} tokens end a reply, {ends}; GGUF names {len(ENDS)}")
+    ids |= dict(zip(ENDS, ends))
+    found = {"tokens": tokens, "token_type": types, **found} | {
+        f"{role}_token_id": i for role, i in ids.items()
+    }
+    found = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+    found["tokenizer.ggml.add_bos_token"] = tokenizer.bos_id is not None
+    _check_same(tokenizer, tokenizer_of(found, "the tokenizer in GGUF"))
+    return found
+
+
+_TRAIN = 'train one with Bpe(pattern="o200k"), or "gpt2" or "llama3" (lmx.data.Bpe), or with Byte'
+_SAMPLE = "Don't   stop, I'LL\n\n\t1234 ४५ नमस्ते दुनिया क्षेत्र 👩🏽‍🚀🙂 e\u0301é ﬁ 中文 ▁ \u00a0x"
+
+
+def _as_byte_level(layout: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in layout["model"]["merges"]]
+    return {"model": "gpt2", "pre": _pre(layout), "merges": merges}
+
+
+def _pre(layout: dict[str, Any]) -> str:
+    """The name in CUTS of how a tokenizer cuts text. Raises: ValueError if it has none."""
+    before = [step["type"] for step in flat(layout["normalizer"], "normalizers")]
+    steps = list(flat(layout["pre_tokenizer"], "pretokenizers"))
+    digits = {"type": "Digits", "individual_digits": True} in steps[:1]
+    cuts = [_cut(step) for step in steps[digits:]]
+    cuts = [cut for cut in cuts if cut is not None]
+    for pre, (pattern, single_digits) in CUTS.items():
+        if (before, cuts, digits) == (["NFC"] if pre == "qwen2" else [], [pattern], single_digits):
+            return pre
+    if not layout["model"]["merges"] and not before and not cuts:
+        return "gpt-2"  # bytes, which no cut parts
+    how = " after ".join([f"{cuts}", *["Digits"] * digits, *before])
+    raise ValueError(f"the tokenizer cuts text by {how}; llama.cpp cuts by {', '.join(CUTS)} alone; {_TRAIN}")
+
+
+def _cut(step: dict[str, Any]) -> str | None:
+    """The pattern by which a step cuts; None if it leaves text whole, and its own description for any other."""
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return PATTERNS["gpt2"] if step["use_regex"] else None
+    alike = (step.get("behavior"), step.get("invert")) in (("Isolated", False), ("Removed", True))
+    return step["pattern"]["Regex"] if alike and "Regex" in step.get("pattern", {}) else json.dumps(step)
+
+
+def _as_sentencepiece(layout: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
+    """A score per token: the later its pair is joined, the lower. Raises: ValueError where that says too little."""
+    model, before = layout["model"], list(flat(layout["normalizer"], "normalizers"))
+    before += flat(layout["pre_tokenizer"], "pretokenizers")
+    kinds = {step["type"] for step in before}
+    pieces = set(byte_pieces())
+    if not pieces <= set(tokens) or kinds - {"Prepend", "Replace", "Metaspace", "Split"}:
+        raise ValueError(
+            f"a tokenizer of pairs with {', '.join(sorted(kinds)) or 'no steps'} before them, or without a token for "
+            f"each byte, has no counterpart in llama.cpp; {_TRAIN}"
+        )
+    for i, token in enumerate(tokens):
+        if types[i] == NORMAL and token in pieces:
+            types[i] = BYTE
+        if token == model["unk_token"]:
+            types[i] = UNKNOWN
+    places: dict[str, int] = {}
+    for left, right in model["merges"]:
+        places.setdefault(left + right, len(places))
+    scores = [-float(places.get(token, len(places))) for token in tokens]
+    made = {(a, b) for a, b in _merges(_ids(tokens, "the tokenizer"), scores) if a + b in places}
+    if made != {(a, b) for a, b in model["merges"]}:
+        raise ValueError(f"the tokenizer joins other pairs than the scores of tokens say; {_TRAIN}")
+    prefix = any(
+        step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in before
+    )
+    return {"model": "llama", "scores": scores, "add_space_prefix": prefix}
+
+
+def _joins_marks(tokenizer: Tokenizer) -> bool:
+    """Whether a token holds a mark beside another character, or crosses characters that it holds in part."""
+    for i in range(tokenizer.vocab_size):
+        raw = tokenizer.token_bytes(i)
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            if any(byte >= 0xC0 for byte in raw[1:]):
+                return True
+        else:
+            if len(text) > 1 and regex.search(r"\p{M}", text):
+                return True
+    return False
+
+
+def _check_same(tokenizer: Tokenizer, again: Tokenizer) -> None:
+    """Raises: ValueError unless each token's own text, and a text of many scripts, have the same ids."""
+    texts = [_SAMPLE]
+    for i in range(tokenizer.vocab_size):
+        with contextlib.suppress(UnicodeDecodeError):
+            texts.append(tokenizer.token_bytes(i).decode())
+    for text, ids, other in zip(texts, tokenizer.encode_batch(texts), again.encode_batch(texts)):
+        if ids != other:
+            raise ValueError(
+                f"as llama.cpp cuts it, {text!r:.99} would be {other[:9]}, and {ids[:9]} by the tokenizer; {_TRAIN}"
+            )

@@ -248,6 +248,11 @@ class Tokenizer:
         return rust
 
     @property
+    def layout(self) -> dict[str, Any]:
+        """What its tokenizer.json holds."""
+        return json.loads(self._rust.to_str())
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a report says about it."""
         return {
@@ -378,19 +383,19 @@ def _utf8(text: str) -> bytes:
         ) from error
 
 
-def _flat(part: dict[str, Any] | None, inner: str) -> Iterator[dict[str, Any]]:
+def flat(part: dict[str, Any] | None, inner: str) -> Iterator[dict[str, Any]]:
     """The steps of a normalizer, pre-tokenizer or decoder, sequences unfolded."""
     if part is None:
         return
     if part["type"] == "Sequence":
         for step in part[inner]:
-            yield from _flat(step, inner)
+            yield from flat(step, inner)
     else:
         yield part
 
 
 def _types(decoder: dict[str, Any] | None) -> list[str]:
-    return [step["type"] for step in _flat(decoder, "decoders")]
+    return [step["type"] for step in flat(decoder, "decoders")]
 
 
 def _kind(layout: dict[str, Any]) -> str:
@@ -405,7 +410,7 @@ def _kind(layout: dict[str, Any]) -> str:
 def _lossless(layout: dict[str, Any], vocab: Mapping[str, int]) -> bool:
     if layout["normalizer"] is not None or any(t["lstrip"] or t["rstrip"] for t in layout["added_tokens"]):
         return False
-    steps = list(_flat(layout["pre_tokenizer"], "pretokenizers"))
+    steps = list(flat(layout["pre_tokenizer"], "pretokenizers"))
     if any(step["type"] not in ("Split", "ByteLevel", "Digits") for step in steps):
         return False
     if any(step.get("behavior") == "Removed" or step.get("add_prefix_space") for step in steps):
@@ -425,7 +430,7 @@ def _hash(layout: dict[str, Any], roles: Mapping[str, str | None]) -> str:
 def _token_bytes(
     layout: dict[str, Any], vocab: Mapping[str, int], size: int, special: Mapping[int, str]
 ) -> list[bytes]:
-    steps = list(_flat(layout["decoder"], "decoders"))
+    steps = list(flat(layout["decoder"], "decoders"))
     added = {token["id"] for token in layout["added_tokens"]}
     table = [b""] * size
     for piece, i in vocab.items():

@@ -90,7 +90,7 @@ def describe(file: Gguf, name: str) -> tuple[Family, dict[str, Any], Transformer
             raise ValueError(f"{name}: {DIVISORS} has no counterpart in a model with {config.position}")
         divisors = tuple(file.tensors[DIVISORS].read().astype(float).tolist())
         config = replace(config, position=replace(config.position, scaling=Divided(divisors)))
-    return family, found, config, _entries(family, config, file.architecture)
+    return family, found, config, entries(family, config, file.architecture)
 
 
 def weights(file: Gguf) -> dict[str, Tensor]:
@@ -217,7 +217,8 @@ def _rope(of: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def _entries(family: Family, config: TransformerConfig, architecture: str) -> list[Entry]:
+def entries(family: Family, config: TransformerConfig, architecture: str) -> list[Entry]:
+    """Where the parameters lie in a file of that architecture."""
     after = "post_attention_norm" if architecture in ("gemma2", "gemma3", "olmo2") else "ffn_norm"
     names = NAMES | {"post_attention_layernorm": after}
     found = []

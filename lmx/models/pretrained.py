@@ -10,10 +10,12 @@ Nothing in a model's files is executed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import ml_dtypes
@@ -43,6 +45,8 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Tensors that older files hold beside the weights: masks and frequencies, which a model computes itself."""
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 DTYPES |= {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -218,26 +222,41 @@ def save(
 
 
 def _representing(config, like, context) -> tuple[Family, dict[str, Any]]:
-    """A family whose fields, read back, give the same model; the rest of a config is how it is trained and run."""
+    def tried(family):
+        found = family.fields(config)
+        if "n_positions" not in found:
+            found["max_position_embeddings"] = context or like.get("max_position_embeddings") or 2048
+        return (family, found), family.config(Fields(found, family.model_type))
+
+    first = sorted(FAMILIES.values(), key=lambda family: family.model_type != like.get("model_type"))
+    tries = {family.model_type: partial(tried, family) for family in first}
+    return first_same(config, tries, "family that transformers reads")
+
+
+def first_same(
+    config: TransformerConfig, tries: Mapping[str, Callable[[], tuple[Made, TransformerConfig]]], what: str
+) -> Made:
+    """What the first of the tries makes, by name, whose config computes the same as this one. The rest of a config
+    is how it is trained and run.
+
+    Raises: ValueError if there is none, with what the nearest lacks. what: what the tries are, for that.
+    """
     wanted = _meaning(config)
-    first = like.get("model_type")
     problems = []
-    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != first):
+    for name, tried in tries.items():
         try:
-            found = family.fields(config)
-            if "n_positions" not in found:
-                found["max_position_embeddings"] = context or like.get("max_position_embeddings") or 2048
-            again = _meaning(family.config(Fields(found, family.model_type)))
+            made, config_again = tried()
         except ValueError as error:
-            problems.append((999, f"{family.model_type}: {error}"))
+            problems.append((999, f"{name}: {error}"))
             continue
+        again = _meaning(config_again)
         if again == wanted:
-            return family, found
-        other = [name for name in wanted if again[name] != wanted[name]]
-        told = ", ".join(f"{name}={wanted[name]}" for name in other)
-        problems.append((len(other), f"{family.model_type} has no counterpart for {told}"))
-    nearest = min(problems)[1]
-    raise ValueError(f"no family that transformers reads can represent this model; the nearest: {nearest}")
+            return made
+        other = [part for part in wanted if again[part] != wanted[part]]
+        told = ", ".join(f"{part}={wanted[part]}" for part in other)
+        problems.append((len(other), f"{name} has no counterpart for {told}"))
+    nearest = min(problems, key=itemgetter(0))[1]
+    raise ValueError(f"no {what} can represent this model; the nearest: {nearest}")
 
 
 def _meaning(config: TransformerConfig) -> dict[str, Any]:
@@ -251,7 +270,11 @@ def _meaning(config: TransformerConfig) -> dict[str, Any]:
         mlp=replace(config.mlp, d_ff=config.mlp.width(config.d_model)),
     )
     free = ("dropout", "init_std", "dtype", "remat", "unroll")
-    return {f.name: getattr(settled, f.name) for f in fields(settled) if f.name not in free}
+    found = {f.name: getattr(settled, f.name) for f in fields(settled) if f.name not in free}
+    for name in ("attention", "norm"):
+        part = found.pop(name)
+        found |= {f"{name}.{f.name}": getattr(part, f.name) for f in fields(part)}
+    return found
 
 
 def _context(fields: Mapping[str, Any]) -> int | None:

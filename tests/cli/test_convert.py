@@ -106,3 +106,29 @@ def test_what_fails_midway_leaves_nothing(released, tmp_path, lmx, refused):
     assert {path.name for path in tmp_path.iterdir()} == {"released", "run", "out"} and not any(out.iterdir())
     lmx("convert", run, out)
     assert (out / "config.json").exists() and not list(tmp_path.glob("*partial*"))
+
+
+def test_a_gguf_file_of_a_run_and_of_a_released_model(run, released, tmp_path, lmx, refused):
+    (folder, _), out = run, tmp_path / "deep" / "small.gguf"
+    with pytest.warns(UserWarning, match="join letters with their marks"):
+        told = lmx("convert", folder, out, "--type", "Q8_0")
+    assert f"wrote {out}" in told and "MiB" in told and "in its place" not in told
+    assert "already there; name a new file" in refused("convert", folder, out)
+    options = ("The river", "--temperature", "0", "--max-tokens", "5")
+    exact = tmp_path / "exact.gguf"
+    with pytest.warns(UserWarning):
+        lmx("convert", folder, exact, "--type", "F32")
+    assert lmx("generate", exact, *options) == lmx("generate", folder, *options)
+    with pytest.warns(UserWarning):
+        told = lmx("convert", exact, tmp_path / "k.gguf", "--type", "Q4_K")
+    assert "rows that Q4_K does not divide into blocks, and are Q5_0 or Q8_0 in its place" in told
+    assert "kind word has no counterpart in llama.cpp" in refused("convert", released, tmp_path / "w.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "exact.gguf", "k.gguf", "released"]
+
+
+def test_mistakes_about_gguf_are_told(released, tmp_path, refused):
+    out = tmp_path / "out.gguf"
+    assert "no such model" in refused("convert", tmp_path / "none", out)
+    assert "give a GGUF file's --type" in refused("convert", released, out, "--dtype", "float32")
+    assert "of GGUF files; end" in refused("convert", released, tmp_path / "out", "--type", "F16")
+    assert not out.exists()
