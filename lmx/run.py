@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmx import values
+from lmx import tree, values
 from lmx.data import ChatTemplate, Data, Tokenizer
 from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
@@ -21,7 +21,8 @@ from lmx.optim import AdamW, Schedule, Update
 from lmx.train.checkpoint import load_params
 from lmx.train.metrics import NAMES
 from lmx.train.step import Enrich
-from lmx.weights.surgery import Surgery, chain
+from lmx.weights import Weight, shape_of
+from lmx.weights.surgery import Surgery
 
 
 @dataclass(frozen=True)
@@ -177,13 +178,30 @@ def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -
         return Trained(run, build(found.config), pretrained.load(found), found.tokenizer(), chat, context)
     run = load(folder / "run.txt")
     model = build(run.model)
-    shapes = jax.eval_shape(lambda key: chain(*run.start)(model.init(key), key), jax.random.key(0))
-    params = jax.tree.map(jnp.asarray, load_params(folder, shapes, step, ema))
+    params = jax.tree.map(jnp.asarray, load_params(folder, None, step, ema))
+    _check_shapes(params, jax.eval_shape(model.init, jax.random.key(0)), folder)
     kept = folder / pretrained.KEPT
     beside = pretrained.beside(kept)
     tokenizer = Tokenizer.load(folder).ending_with(pretrained.end_ids(beside, kept))
     context = pretrained.context(beside, kept) or run.data.seq_len
     return Trained(run, model, params, tokenizer, pretrained.chat(beside, kept), context)
+
+
+def _check_shapes(params: Any, wanted: Any, folder: Path) -> None:
+    """Raises: ValueError if a checkpoint's parameters are not those of the run beside it."""
+    there, here = ({path: shape_of(w) for path, w in tree.nodes(x, Weight).items()} for x in (params, wanted))
+    for path, shape in here.items():
+        in_first = path.replace(
+            "blocks/", "blocks/0/", 1
+        )  # layers that differ in their leaves lie one by one
+        found = there.get(path)
+        if in_first in there:
+            found = (len(params["blocks"]), *there[in_first])
+        if found != shape:
+            raise ValueError(
+                f"{folder}: {path} is {found or 'missing'} in the checkpoint, and run.txt makes it {shape}; they do not "
+                "belong together"
+            )
 
 
 @dataclass(frozen=True)

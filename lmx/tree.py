@@ -31,6 +31,12 @@ def paths(tree: Tree) -> list[str]:
     return [path_str(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def nodes(tree: Tree, kind: type | tuple = ()) -> dict[str, Any]:
+    """path -> leaf, where what is of this kind is a leaf as a whole."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, kind))
+    return {path_str(keys): x for keys, x in found}
+
+
 def partition(tree: Tree, pattern: str) -> tuple[Tree, Tree]:
     """(selected, rest): two trees of the same shape with None where the other holds the leaf.
 

@@ -18,12 +18,13 @@ from lmx.adapt.lora import (
     unmerge,
 )
 from lmx.adapt.matrices import EVERY, LAYERS
-from lmx.adapt.quantize import W8A8, Cast, Fp8, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
+from lmx.adapt.quantize import W4A8, W8A8, Cast, Fp8, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
 from lmx.weights.surgery import Surgery, chain
 
 __all__ = [
     "EVERY",
     "LAYERS",
+    "W4A8",
     "W8A8",
     "Awq",
     "Calibrated",

@@ -280,8 +280,7 @@ def _layer(blocks, i):
 
 
 def _matrices(of_layer) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(of_layer, is_leaf=lambda x: isinstance(x, Weight))
-    return {tree.path_str(keys): w for keys, w in leaves if is_matrix(tree.path_str(keys))}
+    return {path: w for path, w in tree.nodes(of_layer, Weight).items() if is_matrix(path)}
 
 
 def _with(of_layer, new: dict[str, Any]):

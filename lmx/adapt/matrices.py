@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lmx import tree
@@ -26,7 +25,7 @@ def change(params: Any, where: str, f: Callable[[str, Any], Any]) -> Any:
     The embedding [V, D] is handed to f as the matrix [D, V] that a tied head multiplies by.
     Raises: ValueError if no matrix fits, with the paths of those there are.
     """
-    known = [path for path in _paths(params) if is_matrix(path)]
+    known = found(params)
     if not any(tree.matches(path, where) for path in known):
         raise ValueError(f"pattern {where!r} fits no matrix; there are {', '.join(known)}")
 
@@ -37,23 +36,13 @@ def change(params: Any, where: str, f: Callable[[str, Any], Any]) -> Any:
             return f(path, w)
         return _turned(f(path, _turned(w)))
 
-    return tree.map_at(one, params, where, is_leaf=_is_weight)
+    return tree.map_at(one, params, where, is_leaf=lambda w: isinstance(w, Weight))
 
 
 def found(params: Any, where: str = "*") -> dict[str, Any]:
     """path -> matrix of those whose paths fit."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_weight)
-    named = ((tree.path_str(keys), w) for keys, w in leaves)
-    return {path: w for path, w in named if is_matrix(path) and tree.matches(path, where)}
-
-
-def _is_weight(x) -> bool:
-    return isinstance(x, Weight)
-
-
-def _paths(params: Any) -> list[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_weight)
-    return [tree.path_str(keys) for keys, _ in leaves]
+    nodes = tree.nodes(params, Weight)
+    return {path: w for path, w in nodes.items() if is_matrix(path) and tree.matches(path, where)}
 
 
 def _turned(w):

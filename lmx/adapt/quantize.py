@@ -49,8 +49,13 @@ class Quantize(Surgery):
             )
         if self.activations not in ("float", "int8"):
             raise ValueError(f'{name}: activations={self.activations!r}; use "float" or "int8"')
-        if self.activations == "int8" and self.group_size is not None:
-            raise ValueError(f"{name}: sums of whole numbers have one scale an output; set group_size=None")
+        if self.activations == "int8":
+            four = self.bits == 4 and self.symmetric and self.group_size is not None
+            if not four and (self.bits, self.group_size) != (8, None):
+                raise ValueError(
+                    f"{name}: with rounded activations use bits=8 and group_size=None, or bits=4 on a symmetric grid "
+                    f"with groups, not bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}"
+                )
         if self.scale_dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"{name}: scale_dtype={self.scale_dtype!r}; use float32, float16 or bfloat16")
 
@@ -58,6 +63,11 @@ class Quantize(Surgery):
         return change(params, self.where, lambda path, w: on_base(path, w, self.of))
 
     def of(self, w: jax.Array) -> Weight:
+        if self.activations == "int8" and self.group_size and w.shape[-2] % self.group_size:
+            raise ValueError(
+                f"{type(self).__name__}: group_size={self.group_size} does not divide {w.shape[-2]} inputs; with "
+                "rounded activations it must"
+            )
         return quantize(
             w,
             self.bits,
@@ -80,6 +90,13 @@ class Int8(Quantize):
 @dataclass(frozen=True)
 class W8A8(Int8):
     """Int8 whose inputs are rounded to int8 as well."""
+
+    activations: str = "int8"
+
+
+@dataclass(frozen=True)
+class W4A8(Quantize):
+    """4 bits with a scale for each 64 inputs, which are rounded to int8 as they come."""
 
     activations: str = "int8"
 

@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from lmx import artifact
 from lmx.train import stored
 from lmx.tree import matches
+from lmx.weights.describe import rebuild
 
 FOLDER = "checkpoints"
 _saves = itertools.count()
@@ -291,8 +292,7 @@ def load_params(folder: str | Path, like: Any = None, step: int | str = "latest"
     Args:
       folder: a run, its folder of checkpoints, or one checkpoint.
       like: parameters of arrays or jax.ShapeDtypeStruct, filled and placed as in `Checkpoints.restore`.
-        None gives nested dictionaries of numpy arrays: enough for plain weights; quantized or low-rank ones
-        need `like`.
+        None gives numpy arrays, in the leaves that meta["weights"] describes (`lmx.weights.describe`).
       step: a step, "latest" or "best".
       ema: the moving average of the trainable ones (`lmx.optim.ema`) in their place.
     Raises: FileNotFoundError, ValueError as `Checkpoints.restore`; a damaged checkpoint is an error here, and
@@ -302,7 +302,8 @@ def load_params(folder: str | Path, like: Any = None, step: int | str = "latest"
     if problem := stored.damage(source):
         raise ValueError(f"{source}: {problem}; give another step")
     whole, averages = {}, {}
-    for path, entry in stored.about(source)["tree"].items():
+    about = stored.about(source)
+    for path, entry in about["tree"].items():
         if path.startswith(("trainable/", "frozen/")):
             whole[path.partition("/")[2]] = path, entry
         elif path.startswith("opt_state/") and "/ema_params/" in path:
@@ -320,7 +321,15 @@ def load_params(folder: str | Path, like: Any = None, step: int | str = "latest"
     stored.check_same({path: entry for path, (_, entry) in whole.items()}, wanted, source)
     found = stored.read(source, {whole[path][0]: x for path, x in wanted.items()})
     params = {path: found[whole[path][0]] for path in wanted}
-    return stored.nest(params) if like is None else stored.fill(like, params)
+    if like is not None:
+        return stored.fill(like, params)
+    described = about["meta"].get("weights")
+    if described is None:
+        return stored.nest(params)
+    try:
+        return rebuild(described, params.__getitem__)
+    except KeyError as error:
+        raise ValueError(f"{source / stored.META} describes {error}, which the checkpoint has not") from None
 
 
 def _find_step(folder: Path, step: int | str) -> Path:

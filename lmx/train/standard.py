@@ -25,6 +25,7 @@ from lmx.train.loop import Session, to_host
 from lmx.train.metrics import JsonLines, Meter, Sink
 from lmx.train.record import FILES, record
 from lmx.train.state import State
+from lmx.weights.describe import describe
 
 RESUMABLE = ("mesh", "eval_every", "eval_batches", "eval_lengths", "save_every", "keep", "max_skips")
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -121,6 +122,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
         meta = {
             "data": {"next_batch": step, "fingerprint": prepared.train.fingerprint},
             "run": values.show(plan),
+            "weights": describe(state.params),
         }
         meter.pause()
         checkpoints.save(step, state, meta, latest | valid, passing)

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from lmx.ops import bits as bit
-from lmx.ops.matmul import matmul_transposed
+from lmx.ops.int8 import int4_by, int8_by
+from lmx.ops.matmul import matmul, matmul_transposed
 from lmx.ops.rounding import codes, grid, grouped, spread
 from lmx.weights.base import Part, Weight, leaf, over, static
 
@@ -37,7 +38,8 @@ class Quantized(Weight):
     scale: [d_out, groups]. zero: int8 [d_out, groups], None for a symmetric grid.
     order: input number order[p] lies at place p (GPTQ's act-order); None where they lie as they come.
     input_scale: [1], of calibrated activations; None measures each row's largest input.
-    activations: "float", or "int8" for integer products of rounded inputs (W8A8), which wants one group.
+    activations: "float", or "int8" for whole-number products of rounded inputs: of 8 bits with one group (W8A8), or of
+    4 bits on a symmetric grid whose groups divide d_in.
     """
 
     q: Part = over("out", "in")
@@ -59,7 +61,7 @@ class Quantized(Weight):
         if self.order is not None:
             x = x[..., self.order]
         if self.activations == "int8":
-            return self._integers(x).astype(dtype or x.dtype)
+            return _rounded_inputs(x, self).astype(dtype or x.dtype)
         if self.zero is None and self.table is None and self.scale.shape[-1] == 1:
             y = _checkpointed(
                 lambda q: q.astype(x.dtype), x, self.q if self.bits == 8 else self.codes(), "float32"
@@ -102,7 +104,7 @@ class Quantized(Weight):
             return found[..., jnp.argsort(self.order)]
         return jnp.take_along_axis(found, jnp.argsort(self.order, -1)[..., None, :], -1)
 
-    def _integers(self, x):
+    def _whole_numbers(self, x: Float[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
         """Inputs rounded to int8, a product of whole numbers, and both scales."""
         x = x.astype(jnp.float32)
         if self.input_scale is None:
@@ -110,17 +112,38 @@ class Quantized(Weight):
         else:
             step = jnp.broadcast_to(self.input_scale, (*x.shape[:-1], 1))
         rounded = jnp.clip(jnp.round(x / step), -127, 127).astype(jnp.int8)
-        sums = integer_product(rounded, self.codes()).astype(jnp.float32)
+        if self.bits == 4:
+            words = jax.lax.bitcast_convert_type(self.q, jnp.int32)
+            return int4_by(rounded, words, self.scale.astype(jnp.float32)) * step
+        sums = int8_by(rounded, self.codes()).astype(jnp.float32)
         if self.zero is not None:
             ones = rounded.astype(jnp.int32).sum(-1, keepdims=True).astype(jnp.float32)
-            sums = sums - ones * _row(self.zero.astype(jnp.float32), sums)
+            sums = sums - ones * _row(self.zero, sums)
         return sums * step * _row(self.scale, sums)
 
 
-def integer_product(x: Int[Array, "*b K"], w: Int[Array, "M K"]) -> Int[Array, "*b M"]:
-    """x w^T exactly, int32."""
-    over_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, w, over_last, preferred_element_type=jnp.int32)
+@jax.custom_vjp
+def _rounded_inputs(x: Float[Array, "*b d_in"], w: Quantized) -> Float[Array, "*b d_out"]:
+    """x w with rounded x; its gradient is that of x w, as rounding has none."""
+    return w._whole_numbers(x)
+
+
+def _rounded_forward(x, w):
+    return w._whole_numbers(x), (x, w)
+
+
+def _rounded_backward(kept, g):
+    x, w = kept
+    dx = matmul(g.astype(x.dtype), w._placed().astype(x.dtype))
+
+    def none(part):
+        floats = jnp.issubdtype(part.dtype, jnp.floating)
+        return jnp.zeros_like(part) if floats else np.zeros(part.shape, jax.dtypes.float0)
+
+    return dx, jax.tree.map(none, w)
+
+
+_rounded_inputs.defvjp(_rounded_forward, _rounded_backward)
 
 
 def quantize(
