@@ -191,16 +191,14 @@ def _check_shapes(params: Any, wanted: Any, folder: Path) -> None:
     """Raises: ValueError if a checkpoint's parameters are not those of the run beside it."""
     there, here = ({path: shape_of(w) for path, w in tree.nodes(x, Weight).items()} for x in (params, wanted))
     for path, shape in here.items():
-        in_first = path.replace(
-            "blocks/", "blocks/0/", 1
-        )  # layers that differ in their leaves lie one by one
         found = there.get(path)
-        if in_first in there:
-            found = (len(params["blocks"]), *there[in_first])
+        first = there.get(path.replace("blocks/", "blocks/0/", 1))
+        if path not in there and first:  # layers that differ in their leaves lie one by one
+            found = (len(params["blocks"]), *first)
         if found != shape:
             raise ValueError(
-                f"{folder}: {path} is {found or 'missing'} in the checkpoint, and run.txt makes it {shape}; they do not "
-                "belong together"
+                f"{folder}: {path} is {found or 'missing'} in the checkpoint, and run.txt makes it {shape}; they do "
+                "not belong together"
             )
 
 

@@ -19,15 +19,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from lmx import cli
+
+if TYPE_CHECKING:
+    from lmx.data import Tokenizer
+    from lmx.run import Run
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,11 @@ def main(argv: list[str]) -> None:
             "in it"
         )
     if (asked.source / "run.txt").exists():
-        with _whole(asked.out) as folder:
+        with whole(asked.out) as folder:
             family = _release(asked, folder)
         print(f"wrote {asked.out} as {family.model_type}; transformers reads it with {family.architecture}")
         return
-    with _whole(asked.out) as folder:
+    with whole(asked.out) as folder:
         _adopt(asked.source, folder, asked.out)
     print(f"wrote {asked.out}; `lmx info {asked.out}`, `lmx generate {asked.out}` and `lmx eval` read it")
 
@@ -128,7 +132,7 @@ def _to_gguf(asked: Options) -> None:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
+def whole(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write to, which takes its name once all is there, and goes if that fails."""
     out = out.resolve()
     folder = out.with_name(f"{out.name}.partial-{os.getpid()}")
@@ -147,24 +151,54 @@ def _whole(out: Path) -> Iterator[Path]:
 
 def _adopt(source: Path, folder: Path, out: Path) -> None:
     """A released model as a run of no steps, written to `folder`, which will be `out`."""
-    from lmx.data import Data, File
+    from lmx.data import Data
     from lmx.models import pretrained
     from lmx.run import Run
-    from lmx.train.checkpoint import FOLDER, Checkpoints
 
     found = pretrained.find(source)
-    tokenizer = found.tokenizer()
     length = min(found.context or 1024, 1024)
-    data = Data(tokenizer=File(str(out)), seq_len=length, clean=False)  # released models read text as it is
-    Run(model=found.config, data=data).save(folder / "run.txt")
+    run = Run(
+        model=found.config, data=Data(seq_len=length, clean=False)
+    )  # released models read text as it is
+    write_run(
+        folder,
+        out,
+        run,
+        pretrained.load(found),
+        found.tokenizer(),
+        found.beside(),
+        found.files(),
+        {"source": str(source)},
+    )
+
+
+def write_run(
+    folder: Path,
+    out: Path,
+    run: Run,
+    params: Any,
+    tokenizer: Tokenizer,
+    beside: dict[str, str],
+    made_from: Iterable[Path],
+    meta: dict,
+) -> None:
+    """A run of no steps, in `folder`, which will be `out`. beside: files that came with the model, name -> text."""
+    from lmx.data import File
+    from lmx.models import pretrained
+    from lmx.train.checkpoint import FOLDER, Checkpoints
+    from lmx.weights.describe import describe
+
+    data = replace(run.data, tokenizer=File(str(out)))
+    replace(run, data=data).save(folder / "run.txt")
     tokenizer.save(folder)
     kept = folder / pretrained.KEPT
     kept.mkdir()
-    for name, text in found.beside().items():
+    for name, text in beside.items():
         (kept / name).write_text(text, encoding="utf-8")
-    made_from, at = found.files(), out / FOLDER
-    checkpoints = Checkpoints(folder / FOLDER, best=None, strict=True, made_from=made_from, at=at)
-    checkpoints.save(0, {"trainable": pretrained.load(found)}, {"source": str(source)})
+    checkpoints = Checkpoints(
+        folder / FOLDER, best=None, strict=True, made_from=made_from, at=out.absolute() / FOLDER
+    )
+    checkpoints.save(0, {"trainable": params}, meta | {"weights": describe(params)})
     checkpoints.close()
 
 
