@@ -4,6 +4,7 @@
   lmx convert ~/models/Qwen3-0.6B runs/qwen3                a Hugging Face folder: config.json, safetensors, tokenizer
   lmx convert runs/qwen3 exported --dtype bfloat16          back again: what came from bfloat16 files, byte for byte
   lmx convert runs/quickstart/model exported                a model of our own, in the family that computes the same
+  lmx convert runs/int4 exported --layout gptq              a quantized one, bit for bit as GPTQ's readers want it
 
 The first form makes a run of no steps: its checkpoint is step 0. What lmx cannot represent is an error that names the
 field, and so is a pickle: nothing in a model's files is executed.
@@ -32,7 +33,9 @@ class Options:
     out: tyro.conf.Positional[Path]
     """The folder to make; it must not exist, or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of written weights; that of the model's source if not given, or float32."""
+    """Of written weights that are not quantized; that of the model's source if not given, or float32."""
+    layout: Literal["compressed-tensors", "gptq"] | None = None
+    """Of quantized matrices; compressed-tensors if not given, which vLLM and transformers read."""
     step: str = "latest"
     """Of a run's checkpoint: latest, best or a number."""
     ema: bool = False
@@ -48,6 +51,8 @@ def main(argv: list[str]) -> None:
             f"{asked.out} is a mounted disk or the folder you are in, which a new one cannot replace; name a folder "
             "in it"
         )
+    if asked.layout and not (asked.source / "run.txt").exists():
+        raise ValueError("--layout is of a folder written from a run; a released model is read as it is stored")
     if (asked.source / "run.txt").exists():
         with _whole(asked.out) as folder:
             family = _release(asked, folder)
@@ -111,7 +116,13 @@ def _release(asked: Options, folder: Path):
         like = {f"{x}_token_id": getattr(model.tokenizer, f"{x}_id") for x in ("bos", "eos", "pad")}
         context = model.run.data.seq_len
     family = pretrained.save(
-        folder, model.run.model, model.params, like=like, context=context, dtype=asked.dtype
+        folder,
+        model.run.model,
+        model.params,
+        like=like,
+        context=context,
+        dtype=asked.dtype,
+        layout=asked.layout,
     )
     model.tokenizer.save(folder)
     for path in sorted(kept.iterdir()) if kept.is_dir() else ():

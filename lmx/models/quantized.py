@@ -167,6 +167,11 @@ def section(leaves: Mapping[str, Any], entries: list[Entry], layout: str) -> dic
                 raise ValueError(f"{names}: {error}") from None
     if layout == "gptq":
         return _to_gptq(schemes, leaves, entries)
+    sizes = {s.group_size for s in schemes.values()}
+    for entry in entries:  # one group is a group too, where others are of its size
+        s = schemes.get(entry.theirs)
+        if s and s.group_size is None and leaves[entry.ours].d_in in sizes:
+            schemes[entry.theirs] = replace(s, group_size=leaves[entry.ours].d_in)
     linear = {entry.theirs for entry in entries if entry.turned and _is_matrix(entry)}
     return _to_compressed_tensors(schemes, linear | {"lm_head.weight"})
 
