@@ -52,7 +52,9 @@ def main(argv: list[str]) -> None:
             "in it"
         )
     if asked.layout and not (asked.source / "run.txt").exists():
-        raise ValueError("--layout is of a folder written from a run; a released model is read as it is stored")
+        raise ValueError(
+            "--layout is of a folder written from a run; a released model is read as it is stored"
+        )
     if (asked.source / "run.txt").exists():
         with _whole(asked.out) as folder:
             family = _release(asked, folder)
