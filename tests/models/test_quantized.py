@@ -486,3 +486,43 @@ def test_gptqmodel_reads_ours(bits, symmetric, order, tmp_path):
     for name, layer in layers.items():
         matrix = layer.dequantize_weight().float().numpy().T.astype(np.float16)
         np.testing.assert_array_equal(matrix, wanted[f"{name}.weight"].astype(np.float16), err_msg=name)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "bits, order, symmetric, form", [(4, True, False, "gptq_v2"), (2, False, False, "gptq")]
+)
+def test_we_read_what_gptqmodel_writes(bits, order, symmetric, form, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+    gptqmodel = pytest.importorskip("gptqmodel")
+    from tokenizers import Tokenizer, models
+
+    config, params, _ = model("own")
+    before, after = tmp_path / "before", tmp_path / "after"
+    pretrained.save(before, config, params, like={"bos_token_id": 1, "eos_token_id": 2})
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(48)}, unk_token="w0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(before)
+    settings = gptqmodel.QuantizeConfig(
+        bits=bits, group_size=32, desc_act=order, sym=symmetric, format=form, offload_to_disk=False,
+        act_group_aware=False,
+    )  # fmt: skip
+    made = gptqmodel.GPTQModel.load(str(before), settings, device="cpu")
+    rows = np.random.default_rng(0).integers(0, 48, (32, 64)).tolist()
+    made.quantize([{"input_ids": row, "attention_mask": [1] * 64} for row in rows], batch_size=1)
+    made.save(str(after))
+    found = pretrained.find(after)
+    params = pretrained.load(found)
+    assert (params["blocks"]["attn"]["q"]["w"].order is not None) == order
+    settings = transformers.GPTQConfig(bits=bits, backend="gptq_torch")
+    again = theirs(after, device_map="cpu", quantization_config=settings)
+    wanted = whole(found.config, params, after)
+    for name, layer in again.named_modules():
+        if hasattr(layer, "dequantize_weight"):
+            matrix = layer.dequantize_weight().float().numpy().T.astype(np.float16)
+            np.testing.assert_array_equal(matrix, wanted[f"{name}.weight"].astype(np.float16), err_msg=name)
+    pretrained.save(tmp_path / "again", found.config, params, like=found.fields, layout="gptq")
+    ours, read = (safetensors.read(at) for at in (tmp_path / "again", after))
+    ends = ("qweight", "scales", "g_idx") + (("qzeros",) if form == "gptq_v2" else ())
+    for name in (name for name in read if name.endswith(ends)):
+        assert ours[name].read().tobytes() == read[name].read().tobytes(), name
