@@ -7,6 +7,7 @@ GGUF file that llama.cpp reads.
   lmx convert runs/quickstart/model exported                a model of our own, in the family that computes the same
   lmx convert runs/quickstart/model mine.gguf               one file with tokenizer and chat template, weights in F16
   lmx convert ~/models/Qwen3-0.6B small.gguf --type Q4_K    the same in 4.5 bits a weight
+  lmx convert runs/int4 exported --layout gptq              a quantized one, bit for bit as GPTQ's readers want it
 
 The first form makes a run of no steps: its checkpoint is step 0. A GGUF file is made of a run or a released model
 alike: F32 and BF16 and F16 keep or round the weights, Q8_0 costs little, Q6_K, Q5_K, Q4_K ever more; embedding and
@@ -41,7 +42,7 @@ class Options:
     out: tyro.conf.Positional[Path]
     """The folder to make; it must not exist, or be empty. A name that ends in .gguf is a GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of a folder's weights; that of the model's source if not given, or float32."""
+    """Of written weights that are not quantized; that of the model's source if not given, or float32."""
     type: (
         Literal[
             "F32",
@@ -61,6 +62,8 @@ class Options:
         | None
     ) = None
     """Of a GGUF file's matrices; F16 if not given."""
+    layout: Literal["compressed-tensors", "gptq"] | None = None
+    """Of quantized matrices; compressed-tensors if not given, which vLLM and transformers read."""
     step: str = "latest"
     """Of a run's checkpoint: latest, best or a number."""
     ema: bool = False
@@ -82,6 +85,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"{asked.out} is a mounted disk or the folder you are in, which a new one cannot replace; name a folder "
             "in it"
+        )
+    if asked.layout and not (asked.source / "run.txt").exists():
+        raise ValueError(
+            "--layout is of a folder written from a run; a released model is read as it is stored"
         )
     if (asked.source / "run.txt").exists():
         with whole(asked.out) as folder:
@@ -214,7 +221,13 @@ def _release(asked: Options, folder: Path):
         like = {f"{x}_token_id": getattr(model.tokenizer, f"{x}_id") for x in ("bos", "eos", "pad")}
         context = model.run.data.seq_len
     family = pretrained.save(
-        folder, model.run.model, model.params, like=like, context=context, dtype=asked.dtype
+        folder,
+        model.run.model,
+        model.params,
+        like=like,
+        context=context,
+        dtype=asked.dtype,
+        layout=asked.layout,
     )
     model.tokenizer.save(folder)
     for path in sorted(kept.iterdir()) if kept.is_dir() else ():
