@@ -310,7 +310,8 @@ def _frontier(asked: Options, model) -> None:
         seconds = time.monotonic() - began
         found = _judged(asked, model, params)
         row = {k: asdict(v) for k, v in found.items()}
-        row |= {"bytes": stored, "bits": 8 * stored / n, "seconds": seconds, "speed": _speed(model, params)}
+        row |= {"bytes": stored, "bits": 8 * stored / n, "seconds": seconds}
+        row["speed"] = None if method[0] == "Q" else _speed(model, params)
         done["rows"][name] = row
         partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
         partial.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -418,7 +419,7 @@ def _frontier_page(asked: Options, done: dict):
         ("method", "bits a weight", "MiB", "perplexity", "KL", "same top", "tokens/s", "seconds to make"),
         tuple(
             (name, row["bits"], row["bytes"] / 2**20, of[name]["perplexity"], of[name]["kl"], of[name]["top1"],
-             None if name.startswith("GGUF") else row["speed"], row["seconds"])
+             row["speed"], row["seconds"])
             for name, row in rows.items()
         ),
         "Embedding and head are int8, but in float32, bf16 and GGUF. Intervals of 95 % over windows of text. GGUF rows "
