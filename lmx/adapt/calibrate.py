@@ -167,7 +167,10 @@ def calibrate(
     one = jax.jit(partial(_looked_at, layers.layer), static_argnames="stage")
     rest = {name: x for name, x in params.items() if name != "blocks"}
     n_layers = _depth(params["blocks"])
-    xs = [layers.enter(params, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
+    xs = [
+        layers.enter(params, jnp.asarray(tokens[i : i + batch_size]))
+        for i in range(0, len(tokens), batch_size)
+    ]
     made, shares = [], {}
     for i in range(n_layers):
         of_layer = _layer(params["blocks"], i)

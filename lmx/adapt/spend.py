@@ -42,8 +42,7 @@ def sensitivity(
     rest = {name: x for name, x in params.items() if name != "blocks"}
     one = jax.jit(lambda rest, of_layer, i, x: layers.layer(rest, of_layer, i, x)[0])
     ends = jax.jit(partial(_kl, layers))
-    x = layers.enter(params, tokens)
-    xs = [x]
+    xs = [layers.enter(params, jnp.asarray(tokens))]
     for i in range(n_layers):
         xs.append(one(rest, _layer(params["blocks"], i), i, xs[-1]))
     found = np.zeros((n_layers, len(choices)))
