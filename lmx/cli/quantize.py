@@ -162,7 +162,8 @@ def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
     key, where = jax.random.key(0), asked.where or adapt.LAYERS
     params, lost, facts = model.params, {}, {"method": asked.method}
     if asked.embed and asked.method != "bf16":
-        params = adapt.Int8(where="embed|head")(params, key)
+        whole = asked.method in ("w8a8", "w4a8", "smooth")
+        params = (adapt.W8A8 if whole else adapt.Int8)(where="embed|head")(params, key)
     size = 128 if asked.group_size is None else asked.group_size or None
     if asked.method == "mixed":
         with Steps("sensitivity of layers") as progress:
