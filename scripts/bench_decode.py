@@ -16,9 +16,9 @@ What is measured, in tokens/s:
 
 lmx computes in float32, and otherwise where --contenders asks for it: "lmx bfloat16", or one of FORMATS, in which all
 matrices, embedding and head included, are quantized; transformers in float32 and bfloat16; llama.cpp reads files that
-this script writes from the same weights, in F16 and Q8_0, or "llama.cpp Q4_1". Every contender is a process of its own that
-stays alive and idle while others are measured, is warmed up on every shape, and is asked in turn, round after round:
-medians are given. lmx must compile nothing after its warm-up, and this is checked.
+this script writes from the same weights, in F16 and Q8_0, or "llama.cpp Q4_1". Every contender is a process of its own
+that stays alive and idle while others are measured, is warmed up on every shape, and is asked in turn, round after
+round: medians are given. lmx must compile nothing after its warm-up, and this is checked.
 
 The bandwidth is that of reading 1 GiB with all cores. A token at batch 1 reads every weight and its keys and values
 once; those bytes times tokens/s over the bandwidth is the share of what this machine can do at all.

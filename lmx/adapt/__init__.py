@@ -18,7 +18,7 @@ from lmx.adapt.lora import (
     unmerge,
 )
 from lmx.adapt.matrices import EVERY, LAYERS
-from lmx.adapt.quantize import W4A8, W8A8, Cast, Fp8, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
+from lmx.adapt.quantize import W4A8, W8A8, Cast, Fp8, Gguf, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
 from lmx.adapt.spend import sensitivity, spend
 from lmx.weights.surgery import Surgery, chain
 
@@ -33,6 +33,7 @@ __all__ = [
     "Dense",
     "Dora",
     "Fp8",
+    "Gguf",
     "Gptq",
     "Int4",
     "Int8",

@@ -7,15 +7,20 @@ A matrix that is an adapter on a base, or pruned, scaled or rotated, keeps that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lmx.adapt.matrices import EVERY, LAYERS, change
+from lmx import tree
+from lmx.adapt.matrices import EVERY, LAYERS, change, is_matrix
+from lmx.formats import gguf_blocks
+from lmx.formats.gguf import BLOCKS
 from lmx.tree import key_at
-from lmx.weights import Fake, Quantized, Rotated, Weight, quantize
+from lmx.weights import Fake, Quantized, Rotated, Weight, dense, quantize, shape_of
 from lmx.weights.quantized import NF4, to_float8, to_table
 from lmx.weights.rotated import hadamard
 from lmx.weights.surgery import Surgery
@@ -154,6 +159,40 @@ class Cast(Surgery):
             return w if isinstance(w, Weight) else w.astype(self.dtype)
 
         return change(params, self.where, one)
+
+
+@dataclass(frozen=True)
+class Gguf(Surgery):
+    """The numbers that a GGUF file of this type holds, as float32 arrays: what `lmx convert --type` would lose."""
+
+    kind: str = "Q4_K"
+    where: str = EVERY
+
+    def __post_init__(self):
+        if self.kind not in BLOCKS:
+            raise ValueError(f"Gguf: kind={self.kind!r:.99}; use {', '.join(BLOCKS)}")
+
+    def __call__(self, params: Any, key: jax.Array) -> Any:
+        return change(params, self.where, self._one)
+
+    def _one(self, path, w):
+        rows = np.asarray(jnp.swapaxes(dense(w), -1, -2), np.float32)
+        coded = gguf_blocks.rounded(rows, gguf_blocks.type_of(_name(path), rows.shape, self.kind))
+        return jnp.swapaxes(jnp.asarray(coded), -1, -2)
+
+    def nbytes(self, params: Any) -> int:
+        """Of the file's tensors."""
+        total = 0
+        for path, w in tree.nodes(params, Weight).items():
+            shape = shape_of(w) if path == "embed" else shape_of(w)[:-2] + shape_of(w)[:-3:-1]
+            matrix = is_matrix(path)
+            values, n_bytes = BLOCKS[gguf_blocks.type_of(_name(path), shape, self.kind) if matrix else "F32"]
+            total += math.prod(shape) // values * n_bytes
+        return total
+
+
+def _name(path: str) -> str:
+    return {"embed": "token_embd.weight", "head": "output.weight"}.get(path, path)
 
 
 @dataclass(frozen=True)

@@ -348,41 +348,17 @@ FRONTIER = {
 
 def _variant(asked: Options, model, seen) -> tuple[Any, int]:
     """(parameters, the bytes in which they are stored)."""
+    import jax
+
+    from lmx.adapt import Gguf
+
     if asked.method == "float32":
         return model.params, _bytes(model.params)
     if asked.method[0] == "Q":
-        return _as_gguf(model.params, asked.method)
+        file = Gguf(asked.method)
+        return file(model.params, jax.random.key(0)), file.nbytes(model.params)
     params, _ = made(asked, model, seen)
     return params, _bytes(params)
-
-
-def _as_gguf(params, kind: str) -> tuple[Any, int]:
-    """Parameters with the numbers that a GGUF file of a kind holds, and its bytes."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from lmx.adapt.matrices import EVERY, change
-    from lmx.formats.gguf import BLOCKS
-    from lmx.formats.gguf_blocks import coded
-    from lmx.models.gguf_export import type_of
-
-    size = _bytes(params)
-
-    def one(path, w):
-        nonlocal size
-        rows = np.asarray(jnp.swapaxes(w, -1, -2), np.float32)
-        stored = type_of(
-            {"embed": "token_embd.weight", "head": "output.weight"}.get(path, path), rows.shape, kind
-        )
-        values, n_bytes = BLOCKS[stored]
-        size += rows.size // values * n_bytes - w.size * w.dtype.itemsize
-        if stored == "F16":
-            found = rows.astype(np.float16).astype(np.float32)
-        else:
-            found = coded(rows.reshape(-1, rows.shape[-1]), stored).values().reshape(rows.shape)
-        return jnp.swapaxes(jnp.asarray(found), -1, -2)
-
-    return change(params, EVERY, one), size
 
 
 def _speed(model, params, tokens: int = 32) -> float:

@@ -34,6 +34,35 @@ LARGEST, SMALLEST = float(np.finfo(np.float16).max), 2.0**-24
 TINY = 1e-30
 
 
+FINE = "Q6_K"
+"""Of embedding and head where the other matrices are of a K type."""
+WHERE_ROWS_ARE_NO_BLOCKS = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+"""As llama.cpp has it; F16 in place of every other type."""
+UNROUNDED = ("position_embd.weight", "ffn_gate_inp.weight")
+
+
+def type_of(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """The type of a tensor in a file whose matrices are of a kind."""
+    if not is_rounded(name, shape):
+        return "F32"
+    if kind.endswith("K") and name in ("token_embd.weight", "output.weight"):
+        kind = FINE
+    if shape[-1] % BLOCKS[kind][0]:
+        kind = WHERE_ROWS_ARE_NO_BLOCKS.get(kind, "F16")
+    return kind if shape[-1] % BLOCKS[kind][0] == 0 else "F16"
+
+
+def is_rounded(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor's numbers lose anything in a file of a few bits."""
+    return len(shape) > 1 and not name.endswith(UNROUNDED)
+
+
 def quantize(x: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
     """The bytes of a tensor's rows, uint8 [.., bytes of a row].
 
@@ -91,6 +120,13 @@ def _encoded(x, kind, weights):
         return as_llama_cpp(x, GGMLQuantizationType[kind])
     fields = _fields(kind, coded(x, kind, weights))
     return np.concatenate([field.reshape(len(x), -1).view(np.uint8) for field in fields], 1)
+
+
+def rounded(x: np.ndarray, kind: str) -> np.ndarray:
+    """What a file of this type gives back of rows [.., n] float32."""
+    if kind in PLAIN:
+        return x.astype(PLAIN[kind]).astype(np.float32)
+    return coded(x.reshape(-1, x.shape[-1]), kind).values().reshape(x.shape)
 
 
 class Coded(NamedTuple):

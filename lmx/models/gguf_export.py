@@ -25,6 +25,7 @@ from lmx.data import ChatTemplate, Tokenizer
 from lmx.data.tokenizer_gguf import metadata_of
 from lmx.formats import Tensor, gguf_write
 from lmx.formats.gguf import BLOCKS, Gguf
+from lmx.formats.gguf_blocks import is_rounded, type_of
 from lmx.models import gguf_model, pretrained, weight_map
 from lmx.models.families import FAMILIES
 from lmx.models.gguf_model import ARCHITECTURES, DIVISORS
@@ -33,18 +34,6 @@ from lmx.models.weight_map import Entry
 from lmx.nn import MoeConfig
 from lmx.ops.position import Divided, Linear, Llama3, RoPE, Scaling, YaRN
 from lmx.weights import Weight, dense
-
-FINE = "Q6_K"
-"""Of embedding and head where the other matrices are of a K type."""
-WHERE_ROWS_ARE_NO_BLOCKS = {
-    "Q2_K": "Q4_0",
-    "Q3_K": "Q4_0",
-    "Q4_K": "Q5_0",
-    "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
-}
-"""As llama.cpp has it; F16 in place of every other type."""
-UNROUNDED = ("position_embd.weight", "ffn_gate_inp.weight")
 
 SCALED = {
     Divided: ("llama",),
@@ -106,23 +95,8 @@ def save(
     return {
         name: x
         for name, (shape, x) in layout.items()
-        if _rounded(name, shape) and shape[-1] % BLOCKS[kind][0]
+        if is_rounded(name, shape) and shape[-1] % BLOCKS[kind][0]
     }
-
-
-def type_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """The type of a tensor in a file whose matrices are of a kind."""
-    if not _rounded(name, shape):
-        return "F32"
-    if kind.endswith("K") and name in ("token_embd.weight", "output.weight"):
-        kind = FINE
-    if shape[-1] % BLOCKS[kind][0]:
-        kind = WHERE_ROWS_ARE_NO_BLOCKS.get(kind, "F16")
-    return kind if shape[-1] % BLOCKS[kind][0] == 0 else "F16"
-
-
-def _rounded(name, shape):
-    return len(shape) > 1 and not name.endswith(UNROUNDED)
 
 
 def _shapes(params):

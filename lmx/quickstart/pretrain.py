@@ -26,7 +26,7 @@ def recipe(tour: Tour) -> Run:
     parts = {name: found["parts"] for name, found in tour.facts["text"]["languages"].items()}
     return Run(
         model=TransformerConfig(
-            d_model=128, n_layers=4, attention=AttentionConfig(4, qk_norm=True), mlp=MlpConfig("relu_squared")
+            d_model=128, n_layers=4, attention=AttentionConfig(4, qk_norm=True), mlp=MlpConfig("swiglu")
         ),
         data=Data(
             train=tuple(Jsonl(p["train"]["path"]) for p in parts.values()),

@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lmx import artifact
@@ -53,6 +55,25 @@ def test_both_languages_are_judged_in_bits_per_byte(taken):
         bits = found["bits_per_byte"]
         assert 0 < bits["low"] <= bits["value"] <= bits["high"] < 12
         assert 0 < found["lzma_bits_per_byte"] < 8
+
+
+def test_fewer_bits_and_an_adapter(taken):
+    """Each format is smaller and near; the adapter learned, is saved alone, and is a model for others when merged."""
+    facts = taken[0].facts["fewer"]
+    formats = facts["formats"]["yours"]
+    sizes = [formats[name]["bytes"] for name in ("float32", "int8", "GPTQ, 4 bits")]
+    assert sizes[0] > 3.5 * sizes[1] and sizes[1] > sizes[2]
+    assert 0 <= formats["float32"]["kl"]["value"] < 1e-6 < formats["int8"]["kl"]["value"]
+    assert formats["int8"]["kl"]["value"] < formats["GPTQ, 4 bits"]["kl"]["value"] < 1
+    adapter = facts["adapter"]
+    assert adapter["after"] < adapter["before"] and adapter["share"] < 0.5
+    merged, alone = (trained(adapter[name]) for name in ("path", "folder"))
+    tokens = {"tokens": np.arange(12)[None] % 300}
+    a, b = (
+        m.model.apply(m.params, {k: jnp.asarray(v) for k, v in tokens.items()}).logits
+        for m in (merged, alone)
+    )
+    np.testing.assert_allclose(a, b, atol=1e-3)
 
 
 def test_the_model_explains_itself_down_to_the_text(taken):
