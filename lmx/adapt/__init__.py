@@ -14,6 +14,7 @@ from lmx.adapt.lora import (
     adapter,
     attach,
     bank,
+    difference,
     extract,
     unmerge,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "bank",
     "calibrate",
     "chain",
+    "difference",
     "extract",
     "unmerge",
 ]
