@@ -10,7 +10,8 @@ PEFT can hold, as whole modules, biases or rows of single tokens, is an error th
 changed at its start (`lmx.adapt.Pissa`) is written as one on the original base: `lmx.adapt.difference`.
 
 PEFT keeps A as [R, d_in] and B as [d_out, R]; of an embedding A [R, V] and B [D, R], whose product is the transpose.
-A head that is tied to the embedding is a module of its own there, so that both have an adapter, or neither.
+A head that is tied to the embedding is a module of its own there, so that both have an adapter, or neither; PEFT's own
+merge would add both to the one matrix. Experts have an adapter each, as before transformers 5; PEFT joins them itself.
 Source: PEFT 0.21, src/peft/tuners/lora/config.py and layer.py, src/peft/utils/save_and_load.py. Nothing in a folder is
 executed; its patterns are given a second each.
 """

@@ -108,7 +108,7 @@ def logits_with(name: str, folder: Path, tokens):
         model = PeftModel.from_pretrained(released(name), folder)
         apart = model(torch.tensor(tokens)).logits.numpy()
         merged = model.merge_and_unload()(torch.tensor(tokens)).logits.numpy()
-    keys = [str(one.message) for one in told if "keys" in str(one.message)]
+    keys = [str(one.message) for one in told if "adapter keys" in str(one.message)]
     assert not keys, keys
     return apart, merged
 
