@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmx import tree, values
+from lmx.adapt import Surgery  # with all the surgeries that a saved run may name
 from lmx.data import ChatTemplate, Data, Tokenizer
 from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
@@ -20,9 +22,9 @@ from lmx.models import Model, TransformerConfig, build, pretrained, unstacked
 from lmx.optim import AdamW, Schedule, Update
 from lmx.train.checkpoint import load_params
 from lmx.train.metrics import NAMES
+from lmx.train.program import loaded_first, rest_of
 from lmx.train.step import Enrich
 from lmx.weights import Weight, shape_of
-from lmx.weights.surgery import Surgery
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -
         return Trained(run, build(found.config), pretrained.load(found), found.tokenizer(), chat, context)
     run = load(folder / "run.txt")
     model = build(run.model)
-    params = jax.tree.map(jnp.asarray, load_params(folder, None, step, ema))
+    params = jax.tree.map(jnp.asarray, _params(folder, run, model, step, ema))
     _check_shapes(params, jax.eval_shape(model.init, jax.random.key(0)), folder)
     kept = folder / pretrained.KEPT
     beside = pretrained.beside(kept)
@@ -187,20 +189,29 @@ def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -
     return Trained(run, model, params, tokenizer, pretrained.chat(beside, kept), context)
 
 
+def _params(folder: Path, run: Run, model: Model, step: int | str, ema: bool) -> Any:
+    """What a run has learned, on what it was loaded from where that alone is saved."""
+    load = loaded_first(run.start)
+    if load is None or run.trainable == "*":
+        return load_params(folder, None, step, ema)
+    base = load.read(jax.eval_shape(model.init, jax.random.key(0)))
+    key = jax.random.fold_in(jax.random.key(np.uint32(run.seed)), 1)
+    trainable, frozen = tree.partition(jax.jit(rest_of(run.start))(base, key), run.trainable)
+    return tree.combine(load_params(folder, trainable, step, ema), frozen)
+
+
 def _check_shapes(params: Any, wanted: Any, folder: Path) -> None:
     """Raises: ValueError if a checkpoint's parameters are not those of the run beside it."""
     there, here = ({path: shape_of(w) for path, w in tree.nodes(x, Weight).items()} for x in (params, wanted))
     for path, shape in here.items():
-        in_first = path.replace(
-            "blocks/", "blocks/0/", 1
-        )  # layers that differ in their leaves lie one by one
         found = there.get(path)
-        if in_first in there:
-            found = (len(params["blocks"]), *there[in_first])
+        first = there.get(path.replace("blocks/", "blocks/0/", 1))
+        if path not in there and first:  # layers that differ in their leaves lie one by one
+            found = (len(params["blocks"]), *first)
         if found != shape:
             raise ValueError(
-                f"{folder}: {path} is {found or 'missing'} in the checkpoint, and run.txt makes it {shape}; they do not "
-                "belong together"
+                f"{folder}: {path} is {found or 'missing'} in the checkpoint, and run.txt makes it {shape}; they do "
+                "not belong together"
             )
 
 

@@ -14,8 +14,9 @@ What is measured, in tokens/s:
                 too. transformers answers B at a time and waits for the longest; lmx and llama.cpp give a finished
                 row's place to the next question.
 
-lmx computes in float32, and in bfloat16 where --contenders asks for "lmx bfloat16"; transformers in both; llama.cpp
-reads files that this script writes from the same weights, in F16 and Q8_0. Every contender is a process of its own that
+lmx computes in float32, and otherwise where --contenders asks for it: "lmx bfloat16", or one of FORMATS, in which all
+matrices, embedding and head included, are quantized; transformers in float32 and bfloat16; llama.cpp reads files that
+this script writes from the same weights, in F16 and Q8_0, or "llama.cpp Q4_1". Every contender is a process of its own that
 stays alive and idle while others are measured, is warmed up on every shape, and is asked in turn, round after round:
 medians are given. lmx must compile nothing after its warm-up, and this is checked.
 
@@ -72,6 +73,8 @@ def main() -> None:
     compare(asked)
 
 
+FORMATS = {"int8": 1.0, "W8A8": 1.0, "int4": 0.5625, "W4A8": 0.5625}
+"""Surgery of `lmx.adapt` -> bytes a weight, those of scales included."""
 PEERS = ("transformers float32", "transformers bfloat16", "llama.cpp F16", "llama.cpp Q8_0")
 
 
@@ -161,12 +164,13 @@ def prepare(asked, folder: Path) -> dict:
     )
     tokens = 32 + DECODE // 2
     for name in asked.contenders:
-        width = {"float32": 4, "bfloat16": 2, "F16": 2, "Q8_0": 34 / 32}[name.split()[-1]]
-        job["bytes"][name] = width * n_params + (4 if width == 4 else 2) * kv * tokens
+        widths = {"float32": 4, "bfloat16": 2, "F16": 2, "Q8_0": 34 / 32, "Q4_1": 20 / 32} | FORMATS
+        width = widths[name.split()[-1]]
+        job["bytes"][name] = width * n_params + (4 if name.startswith("lmx") else 2) * kv * tokens
     if any(name.startswith("transformers") for name in asked.contenders):
         job["folder"] = str(folder)
         pretrained.save(folder, found.config, pretrained.load(found), like=found.fields)
-    for kind in ("F16", "Q8_0"):
+    for kind in ("F16", "Q8_0", "Q4_1"):
         if f"llama.cpp {kind}" in asked.contenders:
             job[kind] = str(folder / f"{kind}.gguf")
             write_gguf(asked.model, folder / f"{kind}.gguf", kind)
@@ -257,18 +261,23 @@ def work(name: str, job: dict) -> None:
 
 
 class Lmx:
-    def __init__(self, job: dict, dtype: str):
+    def __init__(self, job: dict, form: str):
         from dataclasses import replace
 
         import jax
 
+        from lmx import adapt
         from lmx.generate import Sampling, completions, stream
         from lmx.models import build
         from lmx.run import trained
 
         model = trained(job["model"])
+        dtype = form if form == "bfloat16" else "float32"
         built = build(replace(model.run.model, dtype=dtype))
         params = jax.tree.map(lambda x: x.astype(dtype), model.params) if dtype != "float32" else model.params
+        if form in FORMATS:
+            surgery = {"int8": adapt.Int8, "W8A8": adapt.W8A8, "int4": adapt.Int4, "W4A8": adapt.W4A8}[form]
+            params = surgery(where=adapt.EVERY)(params, jax.random.key(0))
         model = model._replace(model=built, params=params).for_decoding()
         self._parts = model.model, model.params, model.tokenizer
         endless = model.tokenizer.without("eos_token").ending_with(())

@@ -20,6 +20,7 @@ from lmx.adapt.lora import (
 )
 from lmx.adapt.matrices import EVERY, LAYERS
 from lmx.adapt.quantize import W4A8, W8A8, Cast, Fp8, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
+from lmx.adapt.spend import sensitivity, spend
 from lmx.weights.surgery import Surgery, chain
 
 __all__ = [
@@ -58,5 +59,7 @@ __all__ = [
     "chain",
     "difference",
     "extract",
+    "sensitivity",
+    "spend",
     "unmerge",
 ]

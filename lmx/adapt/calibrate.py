@@ -11,7 +11,7 @@ One layer's Gram matrices are held at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -146,7 +146,7 @@ def calibrate(
     layers: Any,
     params: Any,
     tokens: Int[Array, "N T"],
-    method: Method | Callable[[int], Method],
+    method: Method | Sequence[Method],
     *,
     where: str = LAYERS,
     batch_size: int = 8,
@@ -158,6 +158,7 @@ def calibrate(
     Args:
       layers: the model's parts, `lmx.models.layers(config)`.
       tokens: what is read to see inputs; every one counts.
+      method: for all layers, or one for each.
       sequential: whether matrices see what those before them in their layer have become.
       seen: called with the layers done and their number.
     Raises: ValueError if no matrix fits, if one has no known input (experts), or, by the matrix's name, if inputs or
@@ -166,7 +167,10 @@ def calibrate(
     one = jax.jit(partial(_looked_at, layers.layer), static_argnames="stage")
     rest = {name: x for name, x in params.items() if name != "blocks"}
     n_layers = _depth(params["blocks"])
-    xs = [layers.enter(params, tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
+    xs = [
+        layers.enter(params, jnp.asarray(tokens[i : i + batch_size]))
+        for i in range(0, len(tokens), batch_size)
+    ]
     made, shares = [], {}
     for i in range(n_layers):
         of_layer = _layer(params["blocks"], i)
@@ -186,7 +190,8 @@ def calibrate(
             inputs = _gathered(one, rest, of_layer, i, xs, stage)
             groups = [stage] if sequential else [[p] for p in stage]
             for group in groups:
-                new = _one_stage(method, {p: wanted[p] for p in group}, inputs[group[0]], i, shares)
+                own = method[i] if isinstance(method, Sequence) else method
+                new = _one_stage(own, {p: wanted[p] for p in group}, inputs[group[0]], i, shares)
                 of_layer = _with(of_layer, new)
         xs = [one(rest, of_layer, i, x) for x in xs]
         made.append(of_layer)

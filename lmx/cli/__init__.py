@@ -12,6 +12,7 @@
   lmx report RUN                                     one HTML page about a run or a sweep
   lmx convert MODEL OUT                              a released model into a run, or a run into a released model
   lmx adapt merge MODEL ADAPTER OUT                  adapters of PEFT: merge, extract, explain, for llama.cpp
+  lmx quantize MODEL OUT --method gptq               fewer bits for each weight; --frontier compares every method
   lmx info MODEL                                     what a model or this machine is
   lmx explain ARTIFACT                               ancestry, from raw text to model
 
@@ -47,6 +48,7 @@ VERBS = (
     "report",
     "convert",
     "adapt",
+    "quantize",
     "info",
     "explain",
 )

@@ -7,6 +7,7 @@ GGUF file that llama.cpp reads.
   lmx convert runs/quickstart/model exported                a model of our own, in the family that computes the same
   lmx convert runs/quickstart/model mine.gguf               one file with tokenizer and chat template, weights in F16
   lmx convert ~/models/Qwen3-0.6B small.gguf --type Q4_K    the same in 4.5 bits a weight
+  lmx convert runs/int4 exported --layout gptq              a quantized one, bit for bit as GPTQ's readers want it
 
 The first form makes a run of no steps: its checkpoint is step 0. A GGUF file is made of a run or a released model
 alike: F32 and BF16 and F16 keep or round the weights, Q8_0 costs little, Q6_K, Q5_K, Q4_K ever more; embedding and
@@ -18,15 +19,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from lmx import cli
 from lmx.cli.folder import new_folder
+
+if TYPE_CHECKING:
+    from lmx.data import Tokenizer
+    from lmx.models.families import Family
+    from lmx.run import Run, Trained
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Options:
     out: tyro.conf.Positional[Path]
     """The folder to make; it must not exist, or be empty. A name that ends in .gguf is a GGUF file."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of a folder's weights; that of the model's source if not given, or float32."""
+    """Of written weights that are not quantized; that of the model's source if not given, or float32."""
     type: (
         Literal[
             "F32",
@@ -56,6 +62,8 @@ class Options:
         | None
     ) = None
     """Of a GGUF file's matrices; F16 if not given."""
+    layout: Literal["compressed-tensors", "gptq"] | None = None
+    """Of quantized matrices; compressed-tensors if not given, which vLLM and transformers read."""
     step: str = "latest"
     """Of a run's checkpoint: latest, best or a number."""
     ema: bool = False
@@ -70,6 +78,10 @@ def main(argv: list[str]) -> None:
     if asked.type:
         raise ValueError(
             f"--type {asked.type} is of GGUF files; end {asked.out} in .gguf, or use --dtype for a folder"
+        )
+    if asked.layout and not (asked.source / "run.txt").exists():
+        raise ValueError(
+            "--layout is of a folder written from a run; a released model is read as it is stored"
         )
     if (asked.source / "run.txt").exists():
         with new_folder(asked.out) as folder:
@@ -121,37 +133,70 @@ def _to_gguf(asked: Options) -> None:
 
 def _adopt(source: Path, folder: Path, out: Path) -> None:
     """A released model as a run of no steps, written to `folder`, which will be `out`."""
-    from lmx.data import Data, File
+    from lmx.data import Data
     from lmx.models import pretrained
     from lmx.run import Run
-    from lmx.train.checkpoint import FOLDER, Checkpoints
 
     found = pretrained.find(source)
-    tokenizer = found.tokenizer()
     length = min(found.context or 1024, 1024)
-    data = Data(tokenizer=File(str(out)), seq_len=length, clean=False)  # released models read text as it is
-    Run(model=found.config, data=data).save(folder / "run.txt")
+    run = Run(
+        model=found.config, data=Data(seq_len=length, clean=False)
+    )  # released models read text as it is
+    write_run(
+        folder,
+        out,
+        run,
+        pretrained.load(found),
+        found.tokenizer(),
+        found.beside(),
+        found.files(),
+        {"source": str(source)},
+    )
+
+
+def write_run(
+    folder: Path,
+    out: Path,
+    run: Run,
+    params: Any,
+    tokenizer: Tokenizer,
+    beside: dict[str, str],
+    made_from: Iterable[Path],
+    meta: dict,
+) -> None:
+    """A run of no steps, in `folder`, which will be `out`. beside: files that came with the model, name -> text."""
+    from lmx.data import File
+    from lmx.models import pretrained
+    from lmx.train.checkpoint import FOLDER, Checkpoints
+    from lmx.weights.describe import describe
+
+    data = replace(run.data, tokenizer=File(str(out)))
+    replace(run, data=data).save(folder / "run.txt")
     tokenizer.save(folder)
     kept = folder / pretrained.KEPT
     kept.mkdir()
-    for name, text in found.beside().items():
+    for name, text in beside.items():
         (kept / name).write_text(text, encoding="utf-8")
-    made_from, at = found.files(), out / FOLDER
-    checkpoints = Checkpoints(folder / FOLDER, best=None, strict=True, made_from=made_from, at=at)
-    checkpoints.save(0, {"trainable": pretrained.load(found)}, {"source": str(source)})
+    checkpoints = Checkpoints(
+        folder / FOLDER, best=None, strict=True, made_from=made_from, at=out.absolute() / FOLDER
+    )
+    checkpoints.save(0, {"trainable": params}, meta | {"weights": describe(params)})
     checkpoints.close()
 
 
-def _release(asked: Options, folder: Path):
+def _release(asked: Options, folder: Path) -> Family:
     from lmx.models import pretrained
     from lmx.run import trained
 
     model = trained(asked.source, cli.step_of(asked.source, asked.step), asked.ema)
-    return release(folder, model, pretrained.beside(asked.source / pretrained.KEPT), asked.dtype)
+    beside = pretrained.beside(asked.source / pretrained.KEPT)
+    return release(folder, model, beside, asked.dtype, asked.layout)
 
 
-def release(folder: Path, model, beside: Mapping[str, str], dtype: str | None):
-    """Writes a `Trained` as transformers reads it; returns its family. beside: what came beside a released model."""
+def release(
+    folder: Path, model: Trained, beside: Mapping[str, str], dtype: str | None, layout: str | None = None
+) -> Family:
+    """Writes a model as transformers reads it. beside: files that came with it, name -> text."""
     from lmx.models import pretrained
 
     if "config.json" in beside:
@@ -159,7 +204,9 @@ def release(folder: Path, model, beside: Mapping[str, str], dtype: str | None):
     else:
         like = {f"{x}_token_id": getattr(model.tokenizer, f"{x}_id") for x in ("bos", "eos", "pad")}
         context = model.run.data.seq_len
-    family = pretrained.save(folder, model.run.model, model.params, like=like, context=context, dtype=dtype)
+    family = pretrained.save(
+        folder, model.run.model, model.params, like=like, context=context, dtype=dtype, layout=layout
+    )
     model.tokenizer.save(folder)
     for name, text in beside.items():
         if name != "config.json":

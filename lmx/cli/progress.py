@@ -35,7 +35,10 @@ class Progress:
             return
         self._next = now + self._every
         share = f" of {_size(total)} ({100 * done / total:.0f} %)" if total else ""
-        line = f"{stage}: {_size(done)}{share}, {_size(done / max(now - self._began, 1e-9))}/s"
+        self.show(f"{stage}: {_size(done)}{share}, {_size(done / max(now - self._began, 1e-9))}/s")
+
+    def show(self, line: str) -> None:
+        """This line now."""
         if self._in_place:
             self._file.write("\r" + line.ljust(self._width))
             self._width = len(line)
@@ -64,3 +67,21 @@ def _size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
         n /= 1000
     raise AssertionError
+
+
+class Steps:
+    """How many of a few long steps are done, and how long the rest will take: call it as steps(done, of)."""
+
+    def __init__(self, what: str):
+        self._what, self._progress = what, Progress()
+
+    def __enter__(self) -> Steps:
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self._progress._clear()
+
+    def __call__(self, done: int, of: int) -> None:
+        left = (time.monotonic() - self._began) / max(done, 1) * (of - done)
+        self._progress.show(f"{self._what}: {done} of {of}, about {left:.0f} s left")

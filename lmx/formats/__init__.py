@@ -1,6 +1,6 @@
 """Containers that know bytes, not models: each gives tensors by name, and reads only what is asked of them."""
 
-from lmx.formats import gguf, safetensors
-from lmx.formats.tensor import Tensor
+from lmx.formats import codes, gguf, safetensors
+from lmx.formats.tensor import Tensor, Wanted
 
-__all__ = ["Tensor", "gguf", "safetensors"]
+__all__ = ["Tensor", "Wanted", "codes", "gguf", "safetensors"]

@@ -7,11 +7,19 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 Bytes = Callable[[int, int], np.ndarray]
 """(offset, n) -> n bytes of a file, as uint8."""
+
+
+class Wanted(NamedTuple):
+    """What a tensor has to be. stored: the names of the types that are right; none means any."""
+
+    shape: tuple[int, ...]
+    stored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

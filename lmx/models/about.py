@@ -18,6 +18,9 @@ def released(found: Pretrained) -> dict[str, str]:
     rows["context"] = f"{found.context:,} tokens" if found.context else "not said"
     kinds = ", ".join(f"{n} {kind}" for kind, n in stored.most_common())
     size = sum(file.stat().st_size for file in found.files())
+    if found.schemes:
+        kinds_of = Counter(map(str, found.schemes.values())).most_common()
+        rows["quantized"] = "; ".join(f"{n} matrices: {scheme}" for scheme, n in kinds_of)
     rows["file"] = f"{size / 2**20:,.1f} MiB, tensors: {kinds}"
     try:
         tokenizer = found.tokenizer()

@@ -32,6 +32,7 @@ from lmx.models.transformer import TransformerConfig
 from lmx.models.weight_map import Entry
 from lmx.nn import MoeConfig
 from lmx.ops.position import Divided, Linear, Llama3, RoPE, Scaling, YaRN
+from lmx.weights import Weight, dense
 
 FINE = "Q6_K"
 """Of embedding and head where the other matrices are of a K type."""
@@ -84,6 +85,7 @@ def save(
     path = Path(path)
     if kind not in BLOCKS:
         raise ValueError(f"type {kind!r:.99} is none of {', '.join(BLOCKS)}")
+    params = jax.tree.map(dense, params, is_leaf=lambda w: isinstance(w, Weight))
     first = sorted(ARCHITECTURES, key=lambda name: ARCHITECTURES[name] != like)
     tries = {name: partial(_as_architecture, name, config, context) for name in first}
     metadata, entries, divisors = pretrained.first_same(

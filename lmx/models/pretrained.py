@@ -9,9 +9,10 @@ Nothing in a model's files is executed.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -22,14 +23,17 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from lmx import tree
 from lmx.data import ChatTemplate, Tokenizer
 from lmx.formats import Tensor, gguf, safetensors
+from lmx.formats.codes import Scheme
 from lmx.formats.gguf import Gguf
 from lmx.mesh import shardings
-from lmx.models import gguf_model, weight_map
+from lmx.models import gguf_model, quantized, weight_map
 from lmx.models.families import FAMILIES, Family, Fields, check_counts, config_of
 from lmx.models.transformer import RULES, TransformerConfig, build
 from lmx.models.weight_map import Entry
+from lmx.weights import Quantized, Weight
 
 BESIDE = (
     "config.json",
@@ -51,7 +55,8 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model on disk. fields: its config.json, or what the metadata of its GGUF file say in those terms."""
+    """A model on disk. fields: its config.json without what it says of codes, or what the metadata of its GGUF file
+    say in those terms. schemes: how the matrices are stored that are in codes, by the names they had before."""
 
     path: Path
     family: Family
@@ -60,6 +65,7 @@ class Pretrained:
     entries: list[Entry]
     tensors: dict[str, Tensor]
     gguf: Gguf | None = None
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
 
     @property
     def context(self) -> int | None:
@@ -152,13 +158,14 @@ def find(path: str | Path) -> Pretrained:
 
     Raises: FileNotFoundError; ValueError for files that are damaged, and for what lmx cannot represent, by name.
     """
-    path, file = Path(path), None
+    path, file, said, schemes = Path(path), None, None, {}
     if path.suffix == ".gguf":
         file = gguf.read(path)
         family, found, config, entries = gguf_model.describe(file, str(path))
         tensors = gguf_model.weights(file)
     else:
         found = _config_json(path)
+        said = quantized.read(found, path, read_object)
         family = _family(found, path)
         tensors = safetensors.read(path)
         check_counts(found, len(tensors), str(path / "config.json"))
@@ -168,8 +175,13 @@ def find(path: str | Path) -> Pretrained:
         entries = _as_named(tensors, entries)
         if config.tie_head:
             tensors = _without_copy_of_embedding(tensors, entries, path)
-    weight_map.check(entries, shapes(config), tensors, str(path))
-    return Pretrained(path, family, config, found, entries, tensors, file)
+    ours = shapes(config)
+    if said is not None:
+        schemes = said.schemes(entries, ours, tensors)
+    wanted = quantized.wanted(entries, ours, schemes, tensors)
+    tensors = _without_idle_biases(tensors, wanted, schemes)
+    weight_map.check(wanted, tensors, str(path))
+    return Pretrained(path, family, config, found, entries, tensors, file, schemes)
 
 
 def shapes(config: TransformerConfig, mesh: Mesh | None = None) -> Any:
@@ -182,8 +194,14 @@ def shapes(config: TransformerConfig, mesh: Mesh | None = None) -> Any:
 
 
 def load(found: Pretrained, mesh: Mesh | None = None) -> Any:
-    """The parameters in float32, read straight to where they belong, one piece at a time."""
-    return weight_map.load(found.entries, shapes(found.config, mesh), found.tensors)
+    """The parameters, read straight to where they belong, one piece at a time: `Quantized` where the files hold
+    codes, and float32."""
+    whole = shapes(found.config, mesh)
+    in_codes = quantized.load(found.entries, whole, found.schemes, found.tensors)
+    arrays = tree.map_at(lambda path, x: None if path in in_codes else x, whole, "*")
+    leaves = tree.map_at(lambda path, _: in_codes.get(path), whole, "*")
+    leaves = jax.device_put(leaves, shardings(leaves, RULES, mesh) if mesh else None)
+    return tree.combine(weight_map.load(found.entries, arrays, found.tensors), leaves)
 
 
 def save(
@@ -194,6 +212,7 @@ def save(
     like: Mapping[str, Any] | None = None,
     context: int | None = None,
     dtype: str | None = None,
+    layout: str | None = None,
 ) -> Family:
     """Writes config.json and safetensors as transformers reads them; returns the family that it is written as.
 
@@ -201,23 +220,37 @@ def save(
       like: the config.json it came from; its other fields are kept, and its family is tried first. A model of our
         own gives the ids of its special tokens here: bos_token_id, eos_token_id, pad_token_id.
       context: tokens the model reads at once; None takes that of `like`, or of the positions.
-      dtype: of the weights; None means that of `like`, or float32.
-    Raises: ValueError naming what no family can represent.
+      dtype: of the weights that are not quantized; None means that of `like`, or float32.
+      layout: of matrices that are `Quantized`, written bit for bit: "compressed-tensors", which None means, or "gptq".
+    Raises: ValueError naming what no family or layout can represent.
     """
     folder = Path(folder)
     like = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | dict(like or {})
+    like = {name: value for name, value in like.items() if name not in quantized.SECTIONS}
     family, found = _representing(config, like, context)
     dtype = dtype or like.get("dtype") or like.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; use {', '.join(DTYPES)}")
-    entries = family.entries(config)
-    weight_map.theirs(entries, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
-    safetensors.write(folder, weight_map.dump(entries, params, DTYPES[dtype]))
+    entries, leaves = family.entries(config), tree.nodes(params, Weight)
+    weight_map.theirs(entries, params)
+    codes: dict[str, Any] = {}
+    if any(isinstance(w, Weight) for w in leaves.values()):
+        layout = layout or quantized.LAYOUTS[0]
+        codes = {quantized.SECTION: quantized.section(leaves, entries, layout)}
+    elif layout is not None:
+        raise ValueError(f"layout={layout!r:.99}: no matrix of this model is quantized; leave the layout out")
+    plain = [entry for entry in entries if not isinstance(leaves[entry.ours], Quantized)]
+    tensors = [weight_map.dump(plain, params, DTYPES[dtype])]
+    tensors += [quantized.dump(entries, leaves, layout)] if codes else []
+    safetensors.write(folder, itertools.chain(*tensors))
     about = {"architectures": [family.architecture], "model_type": family.model_type}
     text = json.dumps(
-        like | about | found | {"dtype": dtype, "torch_dtype": dtype}, indent=2, ensure_ascii=False
+        like | about | found | {"dtype": dtype, "torch_dtype": dtype} | codes, indent=2, ensure_ascii=False
     )
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    (folder / quantized.BESIDE).unlink(missing_ok=True)
+    if layout == "gptq":
+        (folder / quantized.BESIDE).write_text(json.dumps(codes[quantized.SECTION], indent=2) + "\n", "utf-8")
     return family
 
 
@@ -332,6 +365,12 @@ def _as_named(tensors, entries):
     ):
         entries = [replace(entry, theirs=entry.theirs.removeprefix(bare)) for entry in entries]
     return entries
+
+
+def _without_idle_biases(tensors, wanted, schemes):
+    """Older GPTQ files give every matrix a bias, of zeros where the model has none."""
+    idle = {f"{name.removesuffix('weight')}bias" for name in schemes} - wanted.keys()
+    return {name: x for name, x in tensors.items() if name not in idle or len(x.shape) != 1 or x.read().any()}
 
 
 def _without_copy_of_embedding(tensors, entries, path):

@@ -24,7 +24,7 @@ from lmx.ops import experts, flash
 from lmx.ops.attention import attention
 from lmx.ops.mask import Where
 from lmx.ops.position import Position, RoPE
-from lmx.weights import Transposed, Weight, leaf, linear, lookup, static
+from lmx.weights import Quantized, Transposed, Weight, leaf, linear, lookup, static
 
 RULES: Rules = (
     ("*/experts/up/w*|*/experts/gate/w*", ("fsdp", None, "tensor")),
@@ -369,10 +369,15 @@ def unstacked(params: Any) -> Any:
     `step` take both.
 
     Reading a layer out of a stack copies it on a CPU, which few tokens are not worth, and few tokens are multiplied
-    faster so (`lmx.ops.dot.rows_by`). It compiles longer, so it is for decoding; the arrays are copies.
+    faster so (`lmx.ops.dot.rows_by`). Codes are multiplied as whole numbers, by inputs of 16 bits (`lmx.ops.int8`). It
+    compiles longer, so it is for decoding; the arrays are copies.
     """
 
     def turned(w):
+        if isinstance(w, Quantized) and w.activations == "float" and w.whole:
+            return replace(w, activations="int16")
+        if isinstance(w, Weight):  # an adapter or another transform: what it stands on
+            return replace(w, base=turned(w.base)) if hasattr(w, "base") else w
         return Transposed(jnp.swapaxes(w, -1, -2)) if isinstance(w, jax.Array) and w.ndim == 2 else w
 
     def layer(i):
@@ -381,6 +386,8 @@ def unstacked(params: Any) -> Any:
 
     n_layers = len(jax.tree.leaves(params["blocks"])[0])
     head = {name: turned(w) for name, w in params.items() if name == "head"}
+    if isinstance(params["embed"], Weight):
+        head["embed"] = turned(params["embed"])
     return {**params, **head, "blocks": tuple(map(layer, range(n_layers)))}
 
 

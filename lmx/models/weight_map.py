@@ -1,7 +1,7 @@
 """The parameters of a model under the names and layouts that others give them, in both directions.
 
     entries = [Entry("blocks/attn/q/w", "model.layers.{layer}.self_attn.q_proj.weight", turned=True), ...]
-    check(entries, shapes, tensors)           what is missing, left over, or of another shape
+    check(wanted, tensors, "folder")          what is missing, left over, or of another shape or type
     params = load(entries, shapes, tensors)   ours, read piece by piece, each device's part alone
     dict(dump(entries, params, dtype))        theirs
 
@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from lmx import tree
-from lmx.formats import Tensor
+from lmx.formats import Tensor, Wanted
+from lmx.weights import Weight
 
 LEADING = ("{layer}", "{expert}")
 
@@ -75,15 +76,19 @@ class Entry:
         return [*axes[:-2], axes[-1], axes[-2]] if self.turned else axes
 
 
-def check(entries: Iterable[Entry], shapes: Any, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raises: ValueError that lists tensors which are missing, unknown or of another shape than the model's."""
-    wanted = theirs(entries, shapes)
+def check(wanted: Mapping[str, Wanted], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises: ValueError that lists tensors which are missing, unknown, or of another shape or type."""
     problems = [f"{name} is missing" for name in wanted if name not in tensors]
     problems += [f"{name} has no place in this model" for name in tensors if name not in wanted]
     problems += [
-        f"{name} has shape {list(tensors[name].shape)} where the config makes it {list(shape)}"
-        for name, shape in wanted.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        f"{name} has shape {list(tensors[name].shape)} where the config makes it {list(want.shape)}"
+        for name, want in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != want.shape
+    ]
+    problems += [
+        f"{name} is stored as {tensors[name].stored} where the config makes it {' or '.join(want.stored)}"
+        for name, want in wanted.items()
+        if name in tensors and want.stored and tensors[name].stored not in want.stored
     ]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -92,7 +97,7 @@ def check(entries: Iterable[Entry], shapes: Any, tensors: Mapping[str, Tensor], 
 
 def theirs(entries: Iterable[Entry], shapes: Any) -> dict[str, tuple[int, ...]]:
     """Every tensor of theirs and its shape. Raises: ValueError if a parameter of ours has no entry."""
-    ours = _by_path(shapes)
+    ours = tree.nodes(shapes, Weight)
     found: dict[str, tuple[int, ...]] = {}
     for entry in entries:
         if entry.ours not in ours:
@@ -142,11 +147,8 @@ def dump(entries: Iterable[Entry], params: Any, dtype: np.dtype) -> Iterator[tup
 
     Raises: ValueError if a number is too large for the dtype.
     """
-    ours = _by_path(params)
-    together: dict[str, list[Entry]] = {}
-    for entry in entries:
-        together.setdefault(entry.theirs, []).append(entry)
-    for parts in together.values():
+    ours = tree.nodes(params, Weight)
+    for parts in together(entries).values():
         shape = ours[parts[0].ours].shape
         for name, place in zip(parts[0].names(shape), np.ndindex(*shape[: parts[0].n_leading])):
             pieces = [np.asarray(ours[entry.ours][place]) for entry in parts]
@@ -163,6 +165,14 @@ def dump(entries: Iterable[Entry], params: Any, dtype: np.dtype) -> Iterator[tup
             yield name, rounded
 
 
+def together(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Their names -> the entries that one tensor joins."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.theirs, []).append(entry)
+    return found
+
+
 def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows of each head with feature pairs (2i, 2i + 1) brought to (i, i + d/2)."""
     split = rows.reshape(heads, -1, 2, *rows.shape[1:])
@@ -173,7 +183,3 @@ def pairs(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows of each head with feature pairs (i, i + d/2) brought to (2i, 2i + 1), as `Entry.paired` files have them."""
     split = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return np.swapaxes(split, 1, 2).reshape(rows.shape)
-
-
-def _by_path(params: Any) -> dict[str, Any]:
-    return {tree.path_str(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(params)}

@@ -1,5 +1,6 @@
 """Training: one state, one step, one loop."""
 
+from lmx.train.load import Load
 from lmx.train.loop import Session, cache_folder, metric_names, session, steps
 from lmx.train.program import Program, batch_shapes
 from lmx.train.state import State, new_state
@@ -7,6 +8,7 @@ from lmx.train.step import Enrich, train_step
 
 __all__ = [
     "Enrich",
+    "Load",
     "Program",
     "Session",
     "State",

@@ -298,7 +298,7 @@ def load_params(folder: str | Path, like: Any = None, step: int | str = "latest"
     Raises: FileNotFoundError, ValueError as `Checkpoints.restore`; a damaged checkpoint is an error here, and
       so is `ema` where the optimizer kept no average.
     """
-    source = _find_step(Path(folder).absolute(), step)
+    source = find_step(Path(folder).absolute(), step)
     if problem := stored.damage(source):
         raise ValueError(f"{source}: {problem}; give another step")
     whole, averages = {}, {}
@@ -332,7 +332,7 @@ def load_params(folder: str | Path, like: Any = None, step: int | str = "latest"
         raise ValueError(f"{source / stored.META} describes {error}, which the checkpoint has not") from None
 
 
-def _find_step(folder: Path, step: int | str) -> Path:
+def find_step(folder: Path, step: int | str) -> Path:
     if (folder / FOLDER).is_dir():
         folder = folder / FOLDER
     if (folder / stored.META).is_file():

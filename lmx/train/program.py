@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from lmx import losses, models, tree
 from lmx import mesh as meshes
 from lmx.ops.mask import Mask, Where, sees_next
+from lmx.train.load import Load
 from lmx.train.state import State, new_state
 from lmx.train.step import train_step
-from lmx.weights.surgery import chain
+from lmx.weights.surgery import Surgery, chain
 
 BATCH_DTYPES = {
     "tokens": np.int32,
@@ -58,17 +59,22 @@ def program(run: Any, mesh: Mesh) -> Program:
         raise ValueError("mesh.pmap=True serves the devices of one process; set it to False with several")
     model = models.build(run.model, mesh=None if pmap else mesh, platform=mesh.devices.flat[0].platform)
 
-    def params_of(key):
-        return chain(*run.start)(model.init(jax.random.fold_in(key, 0)), jax.random.fold_in(key, 1))
+    load = loaded_first(run.start)
+    fresh = jax.eval_shape(model.init, jax.random.key(0))
+    base = load and load.shapes(fresh)
 
-    shapes = jax.eval_shape(lambda: params_of(jax.random.key(0)))
+    def params_of(base, key):
+        params = base if load else model.init(jax.random.fold_in(key, 0))
+        return rest_of(run.start)(params, jax.random.fold_in(key, 1))
+
+    shapes = jax.eval_shape(lambda base: params_of(base, jax.random.key(0)), base)
     tx = run.optim.build(run.steps, tree.partition(shapes, run.trainable)[0])
 
-    def init(seed: jax.Array) -> State:
+    def init(base: Any, seed: jax.Array) -> State:
         key = jax.random.key(seed)
-        return new_state(params_of(key), run.trainable, tx, jax.random.fold_in(key, 2))
+        return new_state(params_of(base, key), run.trainable, tx, jax.random.fold_in(key, 2))
 
-    state_shapes = jax.eval_shape(init, np.uint32(0))
+    state_shapes = jax.eval_shape(init, base, np.uint32(0))
     placed = _placed(state_shapes, mesh)
     one_step = partial(
         train_step, apply=model.apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
@@ -77,7 +83,7 @@ def program(run: Any, mesh: Mesh) -> Program:
     def step(state, batch, **more):
         return one_step(state, hide(batch), **more)
 
-    start = jax.jit(init, out_shardings=placed)
+    start = jax.jit(init, out_shardings=placed, donate_argnums=0)
     if pmap:
         step = _pmapped(step, mesh)
     else:
@@ -85,7 +91,7 @@ def program(run: Any, mesh: Mesh) -> Program:
     return Program(
         model,
         mesh,
-        lambda seed: start(np.uint32(seed)),
+        lambda seed: start(load and load.read(fresh, None if pmap else mesh), np.uint32(seed)),
         step,
         jax.jit(
             lambda params, batch: _evaluate(model, params, hide(batch)),
@@ -94,6 +100,16 @@ def program(run: Any, mesh: Mesh) -> Program:
         jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, placed),
         partial(_place, NamedSharding(mesh, meshes.BATCH)),
     )
+
+
+def loaded_first(start: tuple[Surgery, ...]) -> Load | None:
+    """What a run's surgeries begin with, if it is a model from before."""
+    return start[0] if start and isinstance(start[0], Load) else None
+
+
+def rest_of(start: tuple[Surgery, ...]) -> Callable:
+    """The surgeries after `loaded_first`, each with the key that is its own in the whole chain."""
+    return chain(*(Surgery() if i == 0 and isinstance(x, Load) else x for i, x in enumerate(start)))
 
 
 def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -23,6 +23,7 @@ from lmx.train import stored
 from lmx.train.checkpoint import FOLDER, Checkpoints, steps
 from lmx.train.loop import Session, to_host
 from lmx.train.metrics import JsonLines, Meter, Sink
+from lmx.train.program import loaded_first
 from lmx.train.record import FILES, record
 from lmx.train.state import State
 from lmx.weights.describe import describe
@@ -80,7 +81,13 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
     origin = artifact.Artifact(
         "run", artifact.hash_text(values.show(plan) + "\n"), str((out / "run.txt").absolute())
     )
-    checkpoints = Checkpoints(out / FOLDER, keep=plan.keep, made_from=(*prepared.made_from, origin))
+    load = loaded_first(plan.start)
+    checkpoints = Checkpoints(
+        out / FOLDER,
+        keep=plan.keep,
+        made_from=(*prepared.made_from, origin, *(load.files() if load else ())),
+        skip="constants/*|frozen/*" if load else "constants/*",
+    )
     state, start = _begin(session, checkpoints, out)
     first = jax.process_index() == 0
     log: list[Sink] = []
@@ -170,7 +177,8 @@ def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State
     if checkpoints.latest() is None:
         _check_free(session, out)
         return session.init(), 0
-    state, meta = checkpoints.restore(session.program.shapes)
+    like = session.init() if loaded_first(session.run.start) else session.program.shapes
+    state, meta = checkpoints.restore(like)
     _check_same(session, int(state.step), meta, out)
     return state, int(state.step)
 

@@ -148,5 +148,5 @@ def dense(w: Array | Weight) -> Array:
     return w.dense() if isinstance(w, Weight) else w
 
 
-def shape_of(w: Array | Weight) -> tuple[int, ...]:
+def shape_of(w: Part) -> tuple[int, ...]:
     return tuple(w.shape)

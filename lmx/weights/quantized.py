@@ -38,8 +38,8 @@ class Quantized(Weight):
     scale: [d_out, groups]. zero: int8 [d_out, groups], None for a symmetric grid.
     order: input number order[p] lies at place p (GPTQ's act-order); None where they lie as they come.
     input_scale: [1], of calibrated activations; None measures each row's largest input.
-    activations: "float", or "int8" for whole-number products of rounded inputs: of 8 bits with one group (W8A8), or of
-    4 bits on a symmetric grid whose groups divide d_in.
+    activations: "float"; or, for products of whole numbers where they are `whole`, "int8", which rounds each row of the
+    inputs to 255 steps (W8A8), or "int16", to 65,025, which is as good as float32 and takes two products.
     """
 
     q: Part = over("out", "in")
@@ -60,7 +60,7 @@ class Quantized(Weight):
     def linear(self, x, dtype=None):
         if self.order is not None:
             x = x[..., self.order]
-        if self.activations == "int8":
+        if self.activations != "float":
             return _rounded_inputs(x, self).astype(dtype or x.dtype)
         if self.zero is None and self.table is None and self.scale.shape[-1] == 1:
             y = _checkpointed(
@@ -104,22 +104,40 @@ class Quantized(Weight):
             return found[..., jnp.argsort(self.order)]
         return jnp.take_along_axis(found, jnp.argsort(self.order, -1)[..., None, :], -1)
 
-    def _whole_numbers(self, x: Float[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
-        """Inputs rounded to int8, a product of whole numbers, and both scales."""
-        x = x.astype(jnp.float32)
-        if self.input_scale is None:
-            step = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-30) / 127
-        else:
-            step = jnp.broadcast_to(self.input_scale, (*x.shape[:-1], 1))
-        rounded = jnp.clip(jnp.round(x / step), -127, 127).astype(jnp.int8)
+    @property
+    def whole(self) -> bool:
+        """Whether products of whole numbers can stand for its own: a scale to each output or, of 4 bits, to groups that
+        divide the inputs."""
         if self.bits == 4:
-            words = jax.lax.bitcast_convert_type(self.q, jnp.int32)
-            return int4_by(rounded, words, self.scale.astype(jnp.float32)) * step
-        sums = int8_by(rounded, self.codes()).astype(jnp.float32)
+            even = self.group_size * self.scale.shape[-1] == self.d_in and self.d_in % 8 == 0
+            return even and self.table is None and self.zero is None
+        return self.q.dtype == jnp.int8 and self.scale.shape[-1] == 1
+
+    def _whole_numbers(self, x: Float[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
+        """Inputs in one digit of 8 bits or two, a product of whole numbers for each, and both scales."""
+        x = x.astype(jnp.float32)
+        most = 127 if self.activations == "int8" else 127 * 256
+        if self.input_scale is None:
+            step = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-30) / most
+        else:
+            step = jnp.broadcast_to(self.input_scale * (127 / most), (*x.shape[:-1], 1))
+        rounded = jnp.clip(jnp.round(x / step), -most, most)
+        if self.activations == "int8":
+            return self._product(rounded.astype(jnp.int8)) * step
+        high = jnp.floor((rounded + 128) / 256)
+        both = jnp.stack([high, rounded - 256 * high]).astype(jnp.int8)
+        high, low = self._product(both)
+        return (high * 256 + low) * step
+
+    def _product(self, x: Int[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
+        if self.bits == 4:
+            words = jax.lax.bitcast_convert_type(self.q[:, : self.d_in // 8], jnp.int32)
+            return int4_by(x, words, self.scale.astype(jnp.float32))
+        sums = int8_by(x, self.codes()).astype(jnp.float32)
         if self.zero is not None:
-            ones = rounded.astype(jnp.int32).sum(-1, keepdims=True).astype(jnp.float32)
+            ones = x.astype(jnp.int32).sum(-1, keepdims=True).astype(jnp.float32)
             sums = sums - ones * _row(self.zero, sums)
-        return sums * step * _row(self.scale, sums)
+        return sums * _row(self.scale, sums)
 
 
 @jax.custom_vjp
@@ -207,7 +225,7 @@ def to_float8(w: Float[Array, "*L d_in d_out"], dtype: str = "float8_e4m3fn") ->
     return Quantized(q, scale, d_in=turned.shape[-1], group_size=turned.shape[-1])
 
 
-def _row(of_output: Float[Array, "d_out 1"], like: Array) -> Array:
+def _row(of_output: Shaped[Array, "d_out 1"], like: Array) -> Array:
     return jnp.broadcast_to(of_output[:, 0].astype(like.dtype), like.shape)
 
 

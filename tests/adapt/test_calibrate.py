@@ -168,10 +168,10 @@ def test_matrices_see_what_those_before_them_have_become():
     assert [name for name, _ in seen[:4]] == ["attn/k/w", "attn/o/w", "mlp/gate/w", "mlp/down/w"]
     apart = unstacked_layers(found.params)
     x = LAYERS.enter(fresh(), MANY)
-    stats = LAYERS.layer(fresh(), apart[0], 0, x)[1]
+    stats = LAYERS.layer(fresh(), apart[0], jnp.int32(0), x)[1]
     np.testing.assert_allclose(seen[3][1].gram, stats["mlp"]["down"]["w"].gram, rtol=1e-3, atol=1e-2)
-    x, _ = LAYERS.layer(fresh(), apart[0], 0, x)
-    stats = LAYERS.layer(fresh(), apart[1], 1, x)[1]
+    x, _ = LAYERS.layer(fresh(), apart[0], jnp.int32(0), x)
+    stats = LAYERS.layer(fresh(), apart[1], jnp.int32(1), x)[1]
     np.testing.assert_allclose(seen[4][1].gram, stats["attn"]["q"]["w"].gram, rtol=1e-3, atol=1e-2)
     assert float(seen[0][1].n) == MANY.size
 
@@ -184,7 +184,7 @@ def test_layers_taken_apart_make_the_whole_model():
     params = fresh()
     x = LAYERS.enter(params, TOKENS)
     for i, of_layer in enumerate(unstacked_layers(params)):
-        x, stats = LAYERS.layer(params, of_layer, i, x)
+        x, stats = LAYERS.layer(params, of_layer, jnp.int32(i), x)
     np.testing.assert_allclose(LAYERS.leave(params, x).logits, logits(params), atol=1e-4)
     assert stats["mlp"]["down"]["w"].gram.shape == (64, 64)
 

@@ -63,6 +63,15 @@ def test_a_released_model_is_used_as_it_is_and_as_a_run(released, tmp_path, lmx,
     assert "convert it" in refused("eval", released, tmp_path / "text.txt")
 
 
+def test_a_layout_is_of_quantized_matrices(released, tmp_path, lmx, refused):
+    assert "--layout is of a folder written from a run" in refused(
+        "convert", released, tmp_path / "run", "--layout", "gptq"
+    )
+    lmx("convert", released, tmp_path / "run")
+    told = refused("convert", tmp_path / "run", tmp_path / "out", "--layout", "gptq")
+    assert "layout='gptq': no matrix of this model is quantized; leave the layout out" in told
+
+
 def test_mistakes_are_told(released, tmp_path, refused):
     assert "no such model" in refused("convert", tmp_path / "none", tmp_path / "out")
     assert "is already there; name a new folder" in refused("convert", released, released)

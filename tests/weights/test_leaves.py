@@ -118,6 +118,17 @@ def test_w8a8_multiplies_whole_numbers(symmetric, calibrated):
     assert np.abs(linear(x, w) - f64(x) @ by_hand(w)).max() > 1e-4 or calibrated
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "int4 in another order"])
+def test_two_digits_of_inputs_are_256_times_finer_than_one(name):
+    w = kinds()[name]
+    assert w.whole and not kinds()["int4 in groups that do not divide"].whole and not kinds()["nf4"].whole
+    x = normal(5, 2, 3, D_IN) * jnp.exp(normal(6, 2, 3, D_IN))
+    exact = f64(x) @ by_hand(w)
+    error = np.abs(linear(x, replace(w, activations="int16")) - exact).max() / np.abs(exact).max()
+    rough = np.abs(linear(x, replace(w, activations="int8")) - exact).max() / np.abs(exact).max()
+    assert error < 2e-4 < 2e-3 < rough and error < rough / 100
+
+
 def test_fake_rounding_passes_gradients_straight():
     w, x = Fake(normal(0, D_IN, D_OUT), 3, 8), normal(1, 5, D_IN)
     g = normal(2, 5, D_OUT)

@@ -1,0 +1,448 @@
+"""Quantizes a model: fewer bits for each weight, chosen with or without a look at what the model reads.
+
+  lmx quantize SmolLM2.gguf runs/q8 --method int8                       no data needed
+  lmx quantize runs/model runs/q4 --method gptq --bits 4 --calibration wiki.txt
+  lmx quantize runs/model runs/q4 --method awq-gptq --calibration "data/*.jsonl" --report
+  lmx quantize runs/model runs/q2.5 --method mixed --bits 2.5 --calibration wiki.txt     most bits where they count
+  lmx quantize runs/model compared --frontier --calibration wiki.txt    every method beside the others, on one page
+
+The result is a run of no steps, which `lmx generate`, `lmx chat`, `lmx eval` and `lmx convert` read. --report judges it
+beside the model it came from: perplexity, KL divergence, share of equal likeliest tokens, the error of each layer.
+--frontier keeps what it has measured: repeat the command to go on.
+
+  bf16 fp8 int8      16- and 8-bit floats, 8-bit whole numbers        nf4 int4    4 bits, without data
+  w8a8 w4a8          whole-number products: inputs are rounded too     smooth      w8a8 of inputs made even
+  gptq               rounding errors made up for                       awq         finer steps where inputs are large
+  awq-gptq  rotate-gptq    one after the other                         mixed       bits by measured sensitivity
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from lmx import cli
+
+if TYPE_CHECKING:
+    import numpy as np
+
+METHODS = (
+    "bf16", "fp8", "int8", "w8a8", "w4a8", "nf4", "int4", "smooth", "gptq", "awq", "awq-gptq", "rotate-gptq", "mixed",
+)  # fmt: skip
+UNSEEING = ("bf16", "fp8", "int8", "w8a8", "w4a8", "nf4", "int4")
+"""Methods that need no calibration text."""
+RESULTS = "frontier.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[Path]
+    """A run's folder, a Hugging Face folder or a .gguf file."""
+    out: tyro.conf.Positional[Path]
+    """The folder to make."""
+    method: Literal[METHODS] = "int8"  # type: ignore[valid-type]
+    bits: float | None = None
+    """Of each weight, 2 to 6 or 8; 4 if not given. For mixed the mean, such as 3.5."""
+    group_size: int | None = None
+    """Inputs that share a scale; 128 for gptq and mixed, else 64, if not given; 0 gives one scale to each output."""
+    symmetric: bool = True
+    """Steps that are the same on both sides of zero; --no-symmetric gives each group a zero point."""
+    act_order: bool = True
+    """GPTQ in the order of falling inputs: better, and a gather at each use."""
+    embed: bool = False
+    """Embedding and head in int8 too."""
+    where: str | None = None
+    """Pattern of the matrices; all of the layers if not given."""
+    calibration: str | None = None
+    """Text to see inputs of: a file, a pattern or a source."""
+    samples: int = 64
+    """Windows of the calibration text."""
+    length: int = 512
+    """Tokens of a window, for calibration and judging."""
+    text: str | None = None
+    """Text to judge by, other than the calibration text."""
+    windows: int = 16
+    """Windows to judge by."""
+    report: bool = False
+    """Judges the result and writes report.html beside it."""
+    frontier: bool = False
+    """Judges every method, and writes a report instead of a model."""
+    step: str = "latest"
+    """Of a run's checkpoint: latest, best or a number."""
+    ema: bool = False
+    """The moving average of a run's parameters."""
+
+
+def main(argv: list[str]) -> None:
+    asked = cli.options(Options, argv, __doc__, "quantize")
+    _check(asked)
+    from lmx.cli.folder import new_folder
+    from lmx.run import trained
+
+    step = cli.step_of(asked.model, asked.step) if (asked.model / "run.txt").exists() else 0
+    model = trained(asked.model, step, asked.ema)
+    if asked.frontier:
+        _frontier(asked, model)
+        return
+    with new_folder(asked.out) as folder:
+        seen = _windows(asked.calibration, model, asked.samples, asked.length) if asked.calibration else None
+        began = time.monotonic()
+        params, facts = made(asked, model, seen)
+        facts |= {"seconds": time.monotonic() - began}
+        _save(asked, model, params, facts, folder)
+        if asked.report:
+            found = _judged(asked, model, params)
+            (folder / "report.html").write_text(_page(asked, facts, found).html(), encoding="utf-8")
+            for name, value in found.items():
+                print(f"{name:11} {value}")
+    small, large = (_bytes(x) for x in (params, model.params))
+    print(
+        f"wrote {asked.out}: {small / 2**20:,.1f} MiB of weights, {large / small:.2f} times less than before"
+    )
+
+
+def _check(asked: Options) -> None:
+    if asked.method not in UNSEEING and not asked.frontier and asked.calibration is None:
+        raise ValueError(f"--method {asked.method} looks at inputs; give it a text: --calibration FILE")
+    if asked.frontier and asked.calibration is None:
+        raise ValueError("--frontier tries methods that look at inputs; give them a text: --calibration FILE")
+    if asked.report and asked.text is None and asked.calibration is None:
+        raise ValueError("--report judges the result on a text; give one: --text FILE")
+    if asked.method != "mixed" and asked.bits is not None and asked.bits != int(asked.bits):
+        raise ValueError(f"--bits {asked.bits} is no whole number; only --method mixed spends parts of bits")
+    for name in ("samples", "windows", "length"):
+        if getattr(asked, name) < (2 if name == "length" else 1):
+            raise ValueError(f"--{name} {getattr(asked, name)} is too few")
+    if asked.out.exists() and not asked.frontier and (not asked.out.is_dir() or any(asked.out.iterdir())):
+        raise ValueError(f"{asked.out} is already there; name a new folder")
+
+
+def how(asked: Options, method: str) -> Any:
+    """The surgery, or the calibrated method, that a name means."""
+    from lmx import adapt
+
+    bits = 4 if asked.bits is None else int(asked.bits)
+    default = 128 if "gptq" in method else 64
+    size = default if asked.group_size is None else asked.group_size or None
+    where = asked.where or adapt.LAYERS
+    plain = adapt.Quantize(bits, size, asked.symmetric, where)
+    gptq = adapt.Gptq(bits, size, asked.act_order, symmetric=asked.symmetric)
+    found = {
+        "bf16": lambda: adapt.Cast(),
+        "fp8": lambda: adapt.Fp8(where=where),
+        "int8": lambda: adapt.Int8(symmetric=asked.symmetric, where=where),
+        "w8a8": lambda: adapt.W8A8(symmetric=asked.symmetric, where=where),
+        "w4a8": lambda: adapt.W4A8(group_size=size, where=where),
+        "nf4": lambda: adapt.Nf4(size or 64, where),
+        "int4": lambda: plain,
+        "smooth": lambda: adapt.Smooth(then=adapt.Rounded(adapt.W8A8())),
+        "gptq": lambda: gptq,
+        "awq": lambda: adapt.Awq(plain, adapt.Rounded(plain)),
+        "awq-gptq": lambda: adapt.Awq(plain, gptq),
+        "rotate-gptq": lambda: gptq,
+    }
+    return found[method]()
+
+
+def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
+    """The quantized parameters, and what is to be said of them."""
+    import jax
+
+    from lmx import adapt
+    from lmx.artifact import hash_text
+    from lmx.cli.progress import Steps
+    from lmx.models import layers
+
+    key, where = jax.random.key(0), asked.where or adapt.LAYERS
+    params, lost, facts = model.params, {}, {"method": asked.method}
+    if asked.embed and asked.method != "bf16":
+        whole = asked.method in ("w8a8", "w4a8", "smooth")
+        params = (adapt.W8A8 if whole else adapt.Int8)(where="embed|head")(params, key)
+    size = 128 if asked.group_size is None else asked.group_size or None
+    if asked.method == "mixed":
+        with Steps("sensitivity of layers") as progress:
+            losses = adapt.sensitivity(
+                layers(model.run.model), params, seen[: -(-len(seen) // 16)], group_size=size, seen=progress
+            )
+        chosen = adapt.spend(losses, 4.0 if asked.bits is None else asked.bits)
+        facts |= {"bits of each layer": " ".join(map(str, chosen))}
+        each = {b: adapt.Gptq(b, size, asked.act_order, symmetric=asked.symmetric) for b in chosen}
+        method: Any = tuple(each[b] for b in chosen)
+    else:
+        method = how(asked, asked.method)
+    facts |= {"how": repr(method)}
+    if asked.method in UNSEEING:
+        params = method(params, key)
+    else:
+        if asked.method == "rotate-gptq":
+            params = adapt.Rotate(where)(params, key)
+        with Steps("layers") as progress:
+            params, lost = adapt.calibrate(
+                layers(model.run.model), params, seen, method, where=where, seen=progress
+            )
+        facts |= {
+            "calibration": asked.calibration,
+            "calibration tokens": int(seen.size),
+            "calibration hash": hash_text(" ".join(map(str, seen.ravel())))[:16],
+            "lost": lost,
+        }
+    return jax.block_until_ready(params), facts
+
+
+def _save(asked: Options, model, params, facts: dict, folder: Path) -> None:
+    from lmx.cli.convert import write_run
+    from lmx.models import pretrained
+
+    if (asked.model / "run.txt").exists():
+        beside = pretrained.beside(asked.model / pretrained.KEPT)
+        made_from = [asked.model / "checkpoints" / str(cli.step_of(asked.model, asked.step))]
+    else:
+        found = pretrained.find(asked.model)
+        beside, made_from = found.beside(), found.files()
+    texts = _files(asked.calibration) if asked.calibration else []
+    write_run(
+        folder,
+        asked.out,
+        replace(model.run, start=(), trainable="*"),
+        params,
+        model.tokenizer,
+        beside,
+        [*made_from, *texts],
+        {"source": str(asked.model), "quantization": {k: v for k, v in facts.items() if k != "lost"}},
+    )
+    (folder / "quantization.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _files(name: str) -> list[Path]:
+    return [Path(name)] if Path(name).is_file() else []
+
+
+def _windows(name: str, model, n: int, length: int) -> np.ndarray:
+    """n windows of the tokens of a text, evenly spread over it, [n, length]; fewer if it is shorter."""
+    import numpy as np
+
+    ids: list[int] = []
+    for document in cli.source_of(name):
+        ids += model.tokenizer.encode(document["text"] + "\n")
+        if len(ids) > 40 * n * length:
+            break
+    whole = len(ids) // length
+    if not whole:
+        raise ValueError(
+            f"{name}: {len(ids)} tokens make no window of {length}; give a longer text or a shorter --length"
+        )
+    at = np.linspace(0, whole - 1, min(n, whole)).round().astype(int)
+    return np.array(ids[: whole * length], np.int32).reshape(whole, length)[at]
+
+
+def _judged(asked: Options, model, params) -> dict:
+    from lmx.evals import agreement
+
+    text = asked.text or asked.calibration
+    found = agreement(model.model, model.params, params, _windows(text, model, asked.windows, asked.length))
+    return {
+        "perplexity": found.perplexity,
+        "ratio": found.ratio,
+        "kl": found.kl,
+        "top1": found.top1,
+    }
+
+
+def _bytes(params) -> int:
+    from lmx.tree import nbytes
+
+    return nbytes(params)
+
+
+def _page(asked: Options, facts: dict, found: dict):
+    from lmx.report import plots
+    from lmx.report.page import Figure, KeyValues, Page, Section, Table
+
+    lost = facts.get("lost") or {}
+    kinds: dict[str, list] = {}
+    for path, share in lost.items():
+        _, layer, *rest = path.split("/")
+        kinds.setdefault("/".join(rest[:-1]), []).append((int(layer), share))
+    judged = Table(
+        ("perplexity", "times that of the original", "KL, nats per token", "same likeliest token"),
+        ((found["perplexity"], found["ratio"], found["kl"], found["top1"]),),
+        f"{asked.windows} windows of {asked.length} tokens of {asked.text or asked.calibration}; intervals of 95 %",
+    )
+    sections = [Section("Beside the original", (judged,))]
+    if kinds:
+        svg = plots.lines_with_points(kinds, x_label="layer", y_label="share of the output lost", log_y=True)
+        sections.append(Section("What each matrix loses", (Figure(svg, "on the calibration text"),)))
+    told = {k: str(v) for k, v in facts.items() if k != "lost"}
+    return Page(f"{asked.model.name} in {asked.method}", (*sections, Section("How", (KeyValues(told),))))
+
+
+def _frontier(asked: Options, model) -> None:
+    """Judges one method after the other, and writes the page anew after each."""
+    from lmx.tree import count
+
+    asked.out.mkdir(parents=True, exist_ok=True)
+    file = asked.out / RESULTS
+    said = {
+        k: str(v)
+        for k, v in asdict(asked).items()
+        if k not in ("out", "method", "report", "frontier", "bits")
+    }
+    done = json.loads(file.read_text("utf-8")) if file.exists() else {"asked": said, "rows": {}}
+    if done["asked"] != said:
+        raise ValueError(f"{asked.out} holds the frontier of other settings; name another folder")
+    seen = _windows(asked.calibration, model, asked.samples, asked.length)
+    judge = replace(asked, embed=True)
+    n = count(model.params)
+    for name, (method, bits, order) in FRONTIER.items():
+        if name in done["rows"]:
+            continue
+        began = time.monotonic()
+        try:
+            params, stored = _variant(replace(judge, method=method, bits=bits, act_order=order), model, seen)
+        except ValueError as error:  # a method that this model's shapes rule out
+            done["rows"][name] = {"problem": str(error)}
+            continue
+        seconds = time.monotonic() - began
+        found = _judged(asked, model, params)
+        row = {k: asdict(v) for k, v in found.items()}
+        row |= {"bytes": stored, "bits": 8 * stored / n, "seconds": seconds}
+        row["speed"] = None if method[0] == "Q" else _speed(model, params)
+        done["rows"][name] = row
+        partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        partial.replace(file)
+        print(f"{name:24} {row['bits']:5.2f} bits  perplexity {found['perplexity']}  KL {found['kl']}")
+        (asked.out / "report.html").write_text(_frontier_page(asked, done).html(), encoding="utf-8")
+    print(f"wrote {asked.out / 'report.html'}")
+
+
+FRONTIER = {
+    "float32": ("float32", None, True),
+    "bf16": ("bf16", None, True),
+    "fp8": ("fp8", None, True),
+    "int8": ("int8", None, True),
+    "w8a8": ("w8a8", None, True),
+    "w8a8, smoothed": ("smooth", None, True),
+    "w4a8": ("w4a8", 4, True),
+    "nf4": ("nf4", None, True),
+    **{f"{bits}-bit rounded": ("int4", bits, True) for bits in (4, 3)},
+    **{f"{bits}-bit GPTQ": ("gptq", bits, False) for bits in (4, 3)},
+    **{f"{bits}-bit GPTQ, act-order": ("gptq", bits, True) for bits in (4, 3, 2)},
+    "4-bit AWQ": ("awq", 4, True),
+    "4-bit AWQ, GPTQ": ("awq-gptq", 4, True),
+    "3-bit rotated GPTQ": ("rotate-gptq", 3, True),
+    "mixed, 3.5 bits": ("mixed", 3.5, True),
+    **{
+        f"GGUF {kind}": (kind, None, True)
+        for kind in "Q8_0 Q6_K Q5_K Q5_1 Q5_0 Q4_K Q4_1 Q4_0 Q3_K Q2_K".split()
+    },
+}
+"""Name -> method, bits, act_order."""
+
+
+def _variant(asked: Options, model, seen) -> tuple[Any, int]:
+    """(parameters, the bytes in which they are stored)."""
+    if asked.method == "float32":
+        return model.params, _bytes(model.params)
+    if asked.method[0] == "Q":
+        return _as_gguf(model.params, asked.method)
+    params, _ = made(asked, model, seen)
+    return params, _bytes(params)
+
+
+def _as_gguf(params, kind: str) -> tuple[Any, int]:
+    """Parameters with the numbers that a GGUF file of a kind holds, and its bytes."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from lmx.adapt.matrices import EVERY, change
+    from lmx.formats.gguf import BLOCKS
+    from lmx.formats.gguf_blocks import coded
+    from lmx.models.gguf_export import type_of
+
+    size = _bytes(params)
+
+    def one(path, w):
+        nonlocal size
+        rows = np.asarray(jnp.swapaxes(w, -1, -2), np.float32)
+        stored = type_of(
+            {"embed": "token_embd.weight", "head": "output.weight"}.get(path, path), rows.shape, kind
+        )
+        values, n_bytes = BLOCKS[stored]
+        size += rows.size // values * n_bytes - w.size * w.dtype.itemsize
+        if stored == "F16":
+            found = rows.astype(np.float16).astype(np.float32)
+        else:
+            found = coded(rows.reshape(-1, rows.shape[-1]), stored).values().reshape(rows.shape)
+        return jnp.swapaxes(jnp.asarray(found), -1, -2)
+
+    return change(params, EVERY, one), size
+
+
+def _speed(model, params, tokens: int = 32) -> float:
+    """Tokens per second that one row writes, when all is compiled."""
+    import jax
+    import numpy as np
+
+    from lmx.generate.rows import Decoder, Known
+    from lmx.generate.sampling import Sampling
+
+    fast = model._replace(params=params).for_decoding()
+    endless = model.tokenizer.without("eos_token").ending_with(())
+    decoder = Decoder(fast.model, fast.params, endless, Sampling(temperature=0, max_tokens=tokens + 1))
+    prompt = [list(range(16))]
+    times = []
+    for _ in range(4):  # the first compiles
+        rows = jax.block_until_ready(decoder.begin(prompt, [0], Known(), decoder.slots(prompt)))
+        began = time.perf_counter()
+        jax.block_until_ready(decoder.advance(rows, np.zeros(1, bool), tokens))
+        times.append(time.perf_counter() - began)
+    return tokens / sorted(times[1:])[1]
+
+
+def _frontier_page(asked: Options, done: dict):
+    from lmx.report import plots
+    from lmx.report.page import Figure, Page, Section, Text
+    from lmx.report.stats import Interval
+    from lmx.report.table import Table
+
+    rows = {name: row for name, row in done["rows"].items() if "problem" not in row}
+    of = {
+        name: {k: Interval(**v) for k, v in row.items() if isinstance(v, dict)} for name, row in rows.items()
+    }
+    table = Table(
+        ("method", "bits a weight", "MiB", "perplexity", "KL", "same top", "tokens/s", "seconds to make"),
+        tuple(
+            (name, row["bits"], row["bytes"] / 2**20, of[name]["perplexity"], of[name]["kl"], of[name]["top1"],
+             row["speed"], row["seconds"])
+            for name, row in rows.items()
+        ),
+        "Embedding and head are int8, but in float32, bf16 and GGUF. Intervals of 95 % over windows of text. GGUF rows "
+        "have the numbers of such a file, computed in float32, so that their speed is not told.",
+    )  # fmt: skip
+    families = {"GGUF": "GGUF", "GPTQ": "GPTQ", "AWQ": "AWQ", "mixed": "mixed"}
+    series: dict[str, list] = {}
+    for name, row in rows.items():
+        if row["bits"] < 12:
+            family = next((f for word, f in families.items() if word in name), "rounded")
+            series.setdefault(family, []).append((row["bits"], name))
+    figures = []
+    for measure, label in (("kl", "KL, nats per token"), ("perplexity", "perplexity")):
+        points = {f: [(b, of[name][measure]) for b, name in sorted(x)] for f, x in series.items()}
+        if any(points.values()):
+            svg = plots.lines_with_points(points, x_label="bits a weight", y_label=label, log_y=True)
+            figures.append(Figure(svg, f"{label}, against bits for each weight of the whole model"))
+    problems = [f"{name}: {row['problem']}" for name, row in done["rows"].items() if "problem" in row]
+    told = (Text("Left out. " + " ".join(problems), "quiet"),) if problems else ()
+    return Page(
+        f"{asked.model.name}: bits and what they keep",
+        (Section("Frontier", tuple(figures)), Section("Every method", (table, *told))),
+        f"calibrated on {asked.samples} windows of {asked.length} tokens of {asked.calibration}, judged on "
+        f"{asked.windows} of {asked.text or asked.calibration}",
+    )

@@ -1,0 +1,103 @@
+"""The start of fine-tuning: the parameters of a model that was trained before, or released."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lmx.mesh import shardings
+from lmx.models import RULES, pretrained
+from lmx.train import stored
+from lmx.train.checkpoint import find_step, load_params
+from lmx.weights import Weight, dense
+from lmx.weights.describe import rebuild
+from lmx.weights.surgery import Surgery
+
+
+@dataclass(frozen=True)
+class Load(Surgery):
+    """First among a run's surgeries: `start=(Load("SmolLM2.gguf"), Lora(rank=16))`.
+
+    path: a run's folder, a Hugging Face folder or a GGUF file. step: of a run's checkpoint, a number, "latest" or
+    "best". ema: the moving average of a run's parameters. What does not learn is not saved with the run, but read from
+    here again.
+    """
+
+    path: str
+    step: int | str = "latest"
+    ema: bool = False
+
+    def __call__(self, params: Any, key: jax.Array) -> Any:
+        """The parameters it loads, in place of `params`, which say their shapes.
+
+        Raises: ValueError within a compiled program, which reads no files.
+        """
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+            raise ValueError(f"{self} stands first among a run's surgeries, or is not compiled with them")
+        return self.read(jax.eval_shape(lambda: params))
+
+    def shapes(self, like: Any) -> Any:
+        """What it will load, as ShapeDtypeStruct, without reading it. like: the fresh parameters of the model.
+
+        Raises: FileNotFoundError; ValueError if it is another model.
+        """
+        path = Path(self.path)
+        if pretrained.is_released(path):
+            found = pretrained.find(path)
+            if found.schemes:
+                raise ValueError(f"{path} is quantized; convert it first: lmx convert {path} runs/NAME")
+            there = pretrained.shapes(found.config)
+        else:
+            there = _stored(find_step(path.absolute(), self.step))
+        plain = jax.eval_shape(
+            lambda: jax.tree.map(dense, _zeros(there), is_leaf=lambda w: isinstance(w, Weight))
+        )
+        stored.check_same(
+            {p: (str(x.dtype), x.shape) for p, x in stored.leaves(plain).items()}, stored.leaves(like), path
+        )
+        return there
+
+    def read(self, like: Any, mesh: Mesh | None = None) -> Any:
+        """The parameters, spread over the mesh if there is one."""
+        path = Path(self.path)
+        there = self.shapes(like)
+        if pretrained.is_released(path):
+            return pretrained.load(pretrained.find(path), mesh)
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = shardings(there, RULES, mesh) if mesh else jax.tree.map(lambda _: one, there)
+        like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), there, placed)
+        return load_params(path, like, self.step, self.ema)
+
+    def files(self) -> list[Path]:
+        """What it reads."""
+        path = Path(self.path)
+        if pretrained.is_released(path):
+            return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        return [find_step(path.absolute(), self.step)]
+
+
+def _stored(folder: Path) -> Any:
+    """The parameters in a checkpoint, as ShapeDtypeStruct."""
+    about = stored.about(folder)
+    specs = {
+        path.partition("/")[2]: jax.ShapeDtypeStruct(shape, dtype)
+        for path, (dtype, shape) in about["tree"].items()
+        if path.startswith(("trainable/", "frozen/"))
+    }
+    described = about["meta"].get("weights")
+    if described is None:
+        return stored.nest(specs)
+    try:
+        return rebuild(described, specs.__getitem__)
+    except KeyError as missing:
+        raise ValueError(
+            f"{folder} holds what was trained alone, without {missing}; merge it first: lmx convert RUN FOLDER"
+        ) from None
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)

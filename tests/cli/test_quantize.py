@@ -1,0 +1,156 @@
+"""Models of fewer bits, and adapters on them, as their user meets them."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmx import tree
+from lmx.run import trained
+from lmx.train import stored
+from lmx.weights import LowRank, Quantized, dense
+
+SMALL = ("--length", "16", "--samples", "4", "--windows", "3")
+
+
+def logits(model):
+    return model.model.apply(model.params, {"tokens": jnp.arange(12)[None]}).logits
+
+
+@pytest.fixture(scope="module")
+def four(run, folder, tmp_path_factory):
+    """The run in 4 bits, calibrated on Hindi."""
+    from lmx import cli
+
+    out = tmp_path_factory.mktemp("quantized") / "चार"
+    with pytest.MonkeyPatch.context() as at:
+        at.chdir(folder)
+        cli.main(
+            ["quantize", str(run[0]), str(out), "--method", "gptq", "--group-size", "16", "--report",
+             "--calibration", "hindi.txt", *SMALL]
+        )  # fmt: skip
+    return out
+
+
+def test_a_quantized_run_is_a_run(run, four, lmx):
+    params = trained(four).params
+    q = params["blocks"]["attn"]["q"]["w"]
+    assert isinstance(q, Quantized) and (q.bits, q.group_size, q.order.shape) == (4, 16, (1, 32))
+    near = np.abs(np.asarray(dense(q)) - np.asarray(trained(run[0]).params["blocks"]["attn"]["q"]["w"]))
+    assert 0 < near.max() < 0.2
+    assert lmx("generate", four, "नदी", "--max-tokens", "3").startswith("नदी")
+    facts = json.loads((four / "quantization.json").read_text("utf-8"))
+    assert facts["calibration tokens"] == 64 and len(facts["calibration hash"]) == 16
+    assert set(facts["lost"]) == {
+        f"blocks/0/{m}/w" for m in [*(f"attn/{x}" for x in "qkvo"), "mlp/up", "mlp/gate", "mlp/down"]
+    }
+    page = (four / "report.html").read_text("utf-8")
+    assert "KL, nats per token" in page and "act_order=True" in page
+    assert "hindi.txt" in lmx("explain", four / "checkpoints" / "0")
+
+
+def test_methods_without_data_say_how_near_they_stay(run, lmx, tmp_path):
+    said = lmx("quantize", run[0], tmp_path / "q8", "--report", "--text", "english.txt", *SMALL)
+    assert "top1" in said and "times less than before" in said
+    a, b = logits(trained(run[0])), logits(trained(tmp_path / "q8"))
+    assert 0 < np.abs(a - b).max() < 0.1
+    lmx("quantize", run[0], tmp_path / "all", "--method", "w8a8", "--embed")
+    params = trained(tmp_path / "all").params
+    assert isinstance(params["embed"].base, Quantized)
+    assert lmx("generate", tmp_path / "all", "The", "--max-tokens", "2")
+
+
+def test_mixed_precision_keeps_layers_apart(run, lmx, tmp_path):
+    lmx("quantize", run[0], tmp_path / "mixed", "--method", "mixed", "--bits", "3.5", "--group-size", "16",
+        "--calibration", "english.txt", *SMALL)  # fmt: skip
+    facts = json.loads((tmp_path / "mixed" / "quantization.json").read_text("utf-8"))
+    assert facts["bits of each layer"] == "3"  # of one layer, whole bits
+    assert lmx("generate", tmp_path / "mixed", "The", "--max-tokens", "2")
+
+
+def test_the_frontier_goes_on_where_it_was(run, lmx, refused, tmp_path, monkeypatch):
+    from lmx.cli import quantize
+
+    every = quantize.FRONTIER
+    some = {name: every[name] for name in ("float32", "int8", "GGUF Q4_0")}
+    monkeypatch.setattr(quantize, "FRONTIER", some)
+    words = ("quantize", run[0], tmp_path / "f", "--frontier", "--calibration", "english.txt", *SMALL)
+    assert lmx(*words).count("perplexity") == 3
+    rows = json.loads((tmp_path / "f" / "frontier.json").read_text("utf-8"))["rows"]
+    assert rows["float32"]["kl"]["value"] < 1e-6 < rows["GGUF Q4_0"]["kl"]["value"]
+    assert rows["float32"]["bits"] == 32 and rows["int8"]["speed"] > 0
+    monkeypatch.setattr(quantize, "FRONTIER", some | {"nf4": every["nf4"]})
+    assert lmx(*words).count("perplexity") == 1
+    assert "other settings" in refused(*words, "--embed")
+
+
+def test_adapters_on_a_quantized_base_are_all_that_is_saved(four, folder, lmx, refused, tmp_path):
+    """QLoRA by values: trained, stopped and gone on with, used, and merged into a folder for others."""
+    base = tmp_path / "base"
+    shutil.copytree(four, base)
+    (tmp_path / "qlora.py").write_text(
+        f'''"""Does an adapter on 4 bits learn?"""
+from dataclasses import replace
+from lmx import Run
+from lmx.adapt import Lora
+from lmx.data import Data, File, Text
+from lmx.optim import AdamW, Constant
+from lmx.run import trained
+from lmx.train import Load
+
+def base():
+    there = trained({str(base)!r})
+    data = Data(train=(Text({str(folder / "hindi.txt")!r}, unit="line"),), valid_share=0.2, seq_len=32, batch_size=8,
+                tokenizer=File({str(base)!r}))
+    return Run(model=there.run.model, data=data, start=(Load({str(base)!r}), Lora(4)), trainable="*/w/[ab]",
+               optim=AdamW(lr=1e-2, schedule=Constant()), steps=6, eval_every=3, save_every=3)
+''',
+        encoding="utf-8",
+    )
+    out = tmp_path / "run"
+    lmx("train", tmp_path / "qlora.py", "--out", out)
+    saved = stored.about(out / "checkpoints" / "6")["tree"]
+    assert not any(path.startswith("frozen/") for path in saved)
+    assert {path.split("/")[-1] for path in saved if path.startswith("trainable/")} == {"a", "b"}
+    model = trained(out)
+    w = model.params["blocks"]["attn"]["q"]["w"]
+    assert isinstance(w, LowRank) and isinstance(w.base, Quantized) and np.abs(w.b).max() > 0
+    assert np.abs(logits(model) - logits(trained(base))).max() > 1e-3
+    lmx(
+        "train", tmp_path / "qlora.py", "--out", out, "--set", "steps=8", "--set", "optim.schedule=Constant()"
+    )
+    assert lmx("generate", out, "नदी", "--max-tokens", "3")
+    assert tree.paths(trained(out).params) == tree.paths(model.params)
+    shutil.rmtree(base)
+    assert str(base) in refused("generate", out, "नदी")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--method", "gptq"), "looks at inputs; give it a text: --calibration FILE"),
+        (("--report",), "give one: --text FILE"),
+        (("--bits", "3.5", "--method", "int4"), "only --method mixed spends parts of bits"),
+        (("--bits", "7", "--method", "int4"), "bits=7; use 2, 3, 4, 5, 6, 8"),
+        (("--method", "gptq", "--calibration", "none.txt"), "none.txt"),
+        (
+            ("--method", "gptq", "--calibration", "hindi.txt", "--length", "99999"),
+            "give a longer text or a shorter --length",
+        ),
+        (("--where", "layers/*"), "fits no matrix"),
+        (("--method", "w4a8", "--group-size", "20"), "does not divide 32 inputs"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_leave_nothing(run, refused, tmp_path, words, said):
+    assert said in refused("quantize", run[0], tmp_path / "out", *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_kept(run, refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
+    assert "is already there" in refused("quantize", run[0], tmp_path / "out")
+    assert jax.tree.leaves(trained(run[0]).params)
