@@ -14,6 +14,7 @@ an error that names it, and nothing in it is executed.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,12 +102,13 @@ def merge(asked: Merge) -> None:
 
     from lmx.adapt import Dense, attach
     from lmx.cli.convert import release
-    from lmx.models import peft
+    from lmx.models import peft, pretrained
     from lmx.run import trained
 
     with new_folder(asked.out) as folder:
-        peft.read(asked.adapter)  # before the model, which takes longer
         family, config, beside = _about(asked.model)
+        peft.read(asked.adapter)  # what is refused at all is so before the weights are read
+        pretrained.family_of(config, json.loads(beside.get("config.json", "{}")))
         model = trained(asked.model)
         alone = peft.load(asked.adapter, family, config, model.params)
         params = Dense()(attach(model.params, alone), jax.random.key(0))
@@ -159,8 +161,6 @@ def gguf(asked: Gguf) -> None:
 
 def _about(source: Path) -> tuple[Any, Any, dict[str, str]]:
     """Family and config of a model, and what came beside its weights: name -> text."""
-    import json
-
     from lmx import run as runs
     from lmx.models import pretrained
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmx import tree
-from lmx.models.weight_map import Entry
+from lmx.models.weight_map import Entry, together
 from lmx.weights import Dora, LowRank, Transposed, Weight, dense, is_matrix
 
 Low = LowRank | Dora
@@ -38,13 +38,11 @@ def dump(entries: Iterable[Entry], alone: Any) -> Iterator[tuple[Entry, str, Low
     Raises: ValueError for an adapter that is neither LoRA nor DoRA, or has no place there.
     """
     ours = {path: _plain(path, w) for path, w in tree.nodes(alone, Weight).items()}
-    together: dict[str, list[Entry]] = {}
-    for entry in matrices(entries):
-        together.setdefault(entry.theirs, []).append(entry)
-    left = ours.keys() - {entry.ours for parts in together.values() for entry in parts}
+    stands = matrices(entries)
+    left = ours.keys() - {entry.ours for entry in stands}
     if left:
         raise ValueError(f"no place for an adapter of {', '.join(sorted(left))} in that format")
-    for parts in together.values():
+    for parts in together(stands).values():
         entry, lows = parts[0], {part: ours[part.ours] for part in parts if part.ours in ours}
         if lows:
             low = lows[entry] if entry.part is None else _side_by_side(parts, lows)

@@ -30,7 +30,7 @@ import numpy as np
 import regex
 
 from lmx import tree
-from lmx.formats import Tensor, safetensors
+from lmx.formats import Tensor, Wanted, safetensors
 from lmx.models import adapter_map, pretrained, weight_map
 from lmx.models.adapter_map import EMBED
 from lmx.models.families import Family, Fields
@@ -179,21 +179,21 @@ def load(folder: str | Path, family: Family, config: TransformerConfig, params: 
     embed = _module(next(entry.theirs for entry in entries if entry.ours == EMBED))
     if config.tie_head and said.tied and embed in modules:
         modules = list(dict.fromkeys((*modules, HEAD)))
-    wanted, copies = {}, set()
+    wanted = {}
     for module in modules:
         (d_in, d_out), (rank, _), at = sizes[module], said.of(module), f"{PREFIX}{module}."
         a, b = (EMBED_A, EMBED_B) if module == embed else (A, B)
         wanted |= {at + a: (rank, d_in), at + b: (d_out, rank)} | (
             {at + LENGTHS: (d_out,)} if said.dora else {}
         )
-        if module in (embed, HEAD):  # beside their adapters PEFT keeps a copy of the matrices themselves
-            copies.add(at + BASE)
+        if module in (embed, HEAD) and at + BASE in tensors:  # PEFT keeps a copy of the matrix itself
             wanted[at + BASE] = (config.vocab_size, config.d_model)
     if said.dora and embed in modules:
         raise ValueError(
             f"{said.where}: use_dora with the embedding {embed} has no counterpart in lmx; leave it out"
         )
-    _check(tensors, wanted, copies, said)
+    where = f"{Path(said.where).with_name(WEIGHTS)} for this {family.model_type}"
+    weight_map.check({key: Wanted(shape) for key, shape in wanted.items()}, tensors, where)
     found = {}
     for module in modules:
         (rank, alpha), at = said.of(module), f"{PREFIX}{module}."
@@ -370,23 +370,6 @@ def _split(key: str, said: Said) -> tuple[str, str]:
         if key.startswith(PREFIX) and key.endswith(f".{suffix}"):
             return key.removeprefix(PREFIX).removesuffix(f".{suffix}"), suffix
     raise ValueError(f"{Path(said.where).with_name(WEIGHTS)}: {key!r:.99} is no part of a LoRA adapter")
-
-
-def _check(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], copies: set[str], said: Said
-) -> None:
-    """Raises: ValueError that lists what is missing, unknown or of another shape. copies: keys that may be left out."""
-    problems = [f"{key} is missing" for key in wanted if key not in tensors and key not in copies]
-    problems += [f"{key} has no place in this model" for key in tensors if key not in wanted]
-    problems += [
-        f"{key} has shape {list(tensors[key].shape)} where model and config make it {list(shape)}"
-        for key, shape in wanted.items()
-        if key in tensors and tensors[key].shape != shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        where = Path(said.where).with_name(WEIGHTS)
-        raise ValueError(f"{where} and {CONFIG} do not fit this model: {'; '.join(problems[:3])}{more}")
 
 
 def _check_tied(head: LowRank | None, embed: LowRank | None, said: Said) -> None:
