@@ -14,6 +14,7 @@ from lmx.adapt.lora import (
     adapter,
     attach,
     bank,
+    difference,
     extract,
     unmerge,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "bank",
     "calibrate",
     "chain",
+    "difference",
     "extract",
     "sensitivity",
     "spend",

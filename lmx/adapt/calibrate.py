@@ -22,10 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from lmx import tree
 from lmx.adapt.gptq import gptq, lost
-from lmx.adapt.matrices import LAYERS, is_matrix
+from lmx.adapt.matrices import LAYERS
 from lmx.adapt.quantize import BITS, Int4, Quantize
 from lmx.nn import Inputs
-from lmx.weights import Quantized, Rotated, Scaled, Weight, dense
+from lmx.weights import Quantized, Rotated, Scaled, Weight, dense, is_matrix
 from lmx.weights.quantized import of_codes
 from lmx.weights.rotated import hadamard
 

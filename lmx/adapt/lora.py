@@ -11,7 +11,7 @@ An adapter changes nothing at its start. Its letters are those of `lmx.weights.l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmx import tree, weights
-from lmx.adapt.matrices import LAYERS, change, found
+from lmx.adapt.matrices import LAYERS, change, found, turned
 from lmx.adapt.quantize import Int4, Quantize
-from lmx.weights import Bank, LowRank, Weight, dense, shape_of
+from lmx.weights import Bank, LowRank, Transposed, Weight, dense, shape_of
 from lmx.weights.surgery import Surgery
 
 ADAPTERS = (LowRank, weights.Dora, weights.Vera)
@@ -203,11 +203,14 @@ def adapter(params: Any) -> Any:
 
     Raises: ValueError if there is none.
     """
-    alone = jax.tree.map(
-        lambda w: replace(w, base=None) if isinstance(w, ADAPTERS) else None,
-        params,
-        is_leaf=lambda w: isinstance(w, Weight),
-    )
+
+    def one(w):
+        if isinstance(w, Transposed):
+            inner = one(w.base)
+            return None if inner is None else Transposed(inner)
+        return replace(w, base=None) if isinstance(w, ADAPTERS) else None
+
+    alone = jax.tree.map(one, params, is_leaf=lambda w: isinstance(w, Weight))
     if not jax.tree.leaves(alone):
         raise ValueError(f"no adapter in this tree; its matrices are {', '.join(found(params))}")
     return alone
@@ -226,9 +229,7 @@ def attach(params: Any, alone: Any) -> Any:
         )
 
     def one(path, w):
-        mine = adapters.get(path)
-        if mine is None:
-            return w
+        mine = turned(path, adapters[path])
         shape, own = shape_of(w), _shape_without_base(mine)
         if any(m is not None and m != n for m, n in zip(own, shape)) or len(own) != len(shape):
             raise ValueError(f"the adapter of {path} is for a matrix {own}, but it is {shape} here")
@@ -250,9 +251,9 @@ def unmerge(merged: Any, adapted: Any) -> Any:
                 f"{path}: a DoRA adapter loses the length of its base when merged; keep the base"
             )
         if not isinstance(w, ADAPTERS):
-            return whole[path]
+            return turned(path, whole[path])
         zero = jnp.zeros(shape_of(w))
-        return replace(w, base=whole[path] - dense(replace(w, base=zero)))
+        return replace(w, base=turned(path, whole[path]) - dense(replace(w, base=zero)))
 
     return change(adapted, "*", one)
 
@@ -266,7 +267,7 @@ def bank(params: Any, adapters: Sequence[Any], mix: Float[Array, "B N"]) -> Any:
     paths = [p for p in found(params) if any(some.get(p) is not None for some in each)]
 
     def one(path, w):
-        mine = [some.get(path) for some in each]
+        mine = [turned(path, some[path]) if path in some else None for some in each]
         if not all(x is None or isinstance(x, LowRank) for x in mine):
             raise ValueError(f"{path}: only LoRA adapters share a bank; merge the others")
         rank = max(x.a.shape[-1] for x in mine if x is not None)
@@ -281,15 +282,46 @@ def bank(params: Any, adapters: Sequence[Any], mix: Float[Array, "B N"]) -> Any:
     return change(params, "|".join(paths), one)
 
 
-def extract(tuned: Any, base: Any, rank: int, where: str = LAYERS) -> Any:
+def difference(alone: Any, start: Any) -> Any:
+    """The LoRA adapter whose change is that of `alone` less that of `start`, of their ranks together.
+
+    What was trained from `Pissa` stands on a base that lacks what its adapter started as; less its start, it stands
+    on the base as it was.
+    Raises: ValueError for adapters of another kind, or on other matrices.
+    """
+    ends, starts = found(alone), found(start)
+    if ends.keys() != starts.keys():
+        other = sorted(ends.keys() ^ starts.keys())
+        raise ValueError(f"only one of the two has an adapter for {other[0]}; take both from one run")
+
+    def one(path, w):
+        mine, first = turned(path, w), turned(path, starts[path])
+        if not isinstance(mine, LowRank) or not isinstance(first, LowRank):
+            raise ValueError(f"{path}: only LoRA adapters have a difference of low rank")
+        a = jnp.concatenate([mine.a, first.a], -1)
+        b = jnp.concatenate([mine.b, -first.b * (first.scale / mine.scale)], -2)
+        grown = a.shape[-1] / mine.a.shape[-1]
+        alpha = mine.alpha * (grown**0.5 if mine.stabilised else grown)
+        return turned(path, LowRank(None, a, b, alpha, mine.stabilised))
+
+    return tree.map_at(one, alone, "*", is_leaf=lambda w: isinstance(w, Weight))
+
+
+def extract(
+    tuned: Any, base: Any, rank: int, where: str = LAYERS, seen: Callable[[str], None] | None = None
+) -> Any:
     """The adapter of this rank that brings `base` nearest to `tuned`, by SVD of the difference of each matrix.
 
+    seen: called with the path of each matrix that is done.
     Returns: as `adapter`, with alpha = rank. Best in the Frobenius norm: Eckart & Young 1936.
     """
     goal = found(tuned)
 
     def one(path, w):
-        a, b = factors(dense(goal[path]) - dense(w), min(rank, *shape_of(w)[-2:]))
+        a, b = factors(dense(turned(path, goal[path])) - dense(w), min(rank, *shape_of(w)[-2:]))
+        if seen is not None:
+            jax.block_until_ready(b)
+            seen(path)
         return LowRank(w, a, b, float(a.shape[-1]))
 
     return adapter(change(base, where, one))

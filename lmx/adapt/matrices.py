@@ -8,15 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from lmx import tree
-from lmx.weights import Transposed, Weight
+from lmx.weights import Transposed, Weight, is_matrix
 
 LAYERS = "blocks/*attn/*|blocks/*mlp/[!r]*"
 """All matrices of the layers, but for the routers of experts."""
 EVERY = LAYERS + "|embed|head"
-
-
-def is_matrix(path: str) -> bool:
-    return path.split("/")[-1] in ("w", "embed", "head")
 
 
 def change(params: Any, where: str, f: Callable[[str, Any], Any]) -> Any:
@@ -32,9 +28,7 @@ def change(params: Any, where: str, f: Callable[[str, Any], Any]) -> Any:
     def one(path, w):
         if not is_matrix(path) or w is None:
             return w
-        if path != "embed":
-            return f(path, w)
-        return _turned(f(path, _turned(w)))
+        return turned(path, f(path, turned(path, w)))
 
     return tree.map_at(one, params, where, is_leaf=lambda w: isinstance(w, Weight))
 
@@ -45,7 +39,10 @@ def found(params: Any, where: str = "*") -> dict[str, Any]:
     return {path: w for path, w in nodes.items() if is_matrix(path) and tree.matches(path, where)}
 
 
-def _turned(w):
+def turned(path: str, w: Any) -> Any:
+    """What lies at a path as `change` hands it, and back again: the embedding transposed, all else as it is."""
+    if path != "embed":
+        return w
     if isinstance(w, Transposed):
         return w.base
     return Transposed(w) if isinstance(w, Weight) else jnp.swapaxes(w, -1, -2)

@@ -11,6 +11,7 @@
   lmx plan FILE --topology v5e:4x4                   memory and FLOPs on a TPU that is not here
   lmx report RUN                                     one HTML page about a run or a sweep
   lmx convert MODEL OUT                              a released model into a run, or a run into a released model
+  lmx adapt merge MODEL ADAPTER OUT                  adapters of PEFT: merge, extract, explain, for llama.cpp
   lmx quantize MODEL OUT --method gptq               fewer bits for each weight; --frontier compares every method
   lmx info MODEL                                     what a model or this machine is
   lmx explain ARTIFACT                               ancestry, from raw text to model
@@ -46,6 +47,7 @@ VERBS = (
     "plan",
     "report",
     "convert",
+    "adapt",
     "quantize",
     "info",
     "explain",

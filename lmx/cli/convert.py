@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,10 +27,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from lmx import cli
+from lmx.cli.folder import new_folder
 
 if TYPE_CHECKING:
     from lmx.data import Tokenizer
-    from lmx.run import Run
+    from lmx.models.families import Family
+    from lmx.run import Run, Trained
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,16 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"--type {asked.type} is of GGUF files; end {asked.out} in .gguf, or use --dtype for a folder"
         )
-    if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
-        raise ValueError(f"{asked.out} is already there; name a new folder")
-    if asked.out.is_mount() or (asked.out.exists() and asked.out.samefile(".")):
-        raise ValueError(
-            f"{asked.out} is a mounted disk or the folder you are in, which a new one cannot replace; name a folder "
-            "in it"
-        )
     if asked.layout and not (asked.source / "run.txt").exists():
         raise ValueError(
             "--layout is of a folder written from a run; a released model is read as it is stored"
         )
     if (asked.source / "run.txt").exists():
-        with whole(asked.out) as folder:
+        with new_folder(asked.out) as folder:
             family = _release(asked, folder)
         print(f"wrote {asked.out} as {family.model_type}; transformers reads it with {family.architecture}")
         return
-    with whole(asked.out) as folder:
+    with new_folder(asked.out) as folder:
         _adopt(asked.source, folder, asked.out)
     print(f"wrote {asked.out}; `lmx info {asked.out}`, `lmx generate {asked.out}` and `lmx eval` read it")
 
@@ -136,24 +129,6 @@ def _to_gguf(asked: Options) -> None:
         )
     size = asked.out.stat().st_size / 2**20
     print(f"wrote {asked.out}, {size:,.1f} MiB; `lmx chat`, `lmx generate` and llama.cpp read it")
-
-
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write to, which takes its name once all is there, and goes if that fails."""
-    out = out.resolve()
-    folder = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} was filled by another process in the meantime; name a new folder")
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _adopt(source: Path, folder: Path, out: Path) -> None:
@@ -209,28 +184,31 @@ def write_run(
     checkpoints.close()
 
 
-def _release(asked: Options, folder: Path):
+def _release(asked: Options, folder: Path) -> Family:
     from lmx.models import pretrained
     from lmx.run import trained
 
     model = trained(asked.source, cli.step_of(asked.source, asked.step), asked.ema)
-    kept = asked.source / pretrained.KEPT
-    if (kept / "config.json").exists():
-        like, context = json.loads((kept / "config.json").read_text("utf-8")), None
+    beside = pretrained.beside(asked.source / pretrained.KEPT)
+    return release(folder, model, beside, asked.dtype, asked.layout)
+
+
+def release(
+    folder: Path, model: Trained, beside: Mapping[str, str], dtype: str | None, layout: str | None = None
+) -> Family:
+    """Writes a model as transformers reads it. beside: files that came with it, name -> text."""
+    from lmx.models import pretrained
+
+    if "config.json" in beside:
+        like, context = json.loads(beside["config.json"]), None
     else:
         like = {f"{x}_token_id": getattr(model.tokenizer, f"{x}_id") for x in ("bos", "eos", "pad")}
         context = model.run.data.seq_len
     family = pretrained.save(
-        folder,
-        model.run.model,
-        model.params,
-        like=like,
-        context=context,
-        dtype=asked.dtype,
-        layout=asked.layout,
+        folder, model.run.model, model.params, like=like, context=context, dtype=dtype, layout=layout
     )
     model.tokenizer.save(folder)
-    for path in sorted(kept.iterdir()) if kept.is_dir() else ():
-        if path.name != "config.json":
-            shutil.copyfile(path, folder / path.name)
+    for name, text in beside.items():
+        if name != "config.json":
+            (folder / name).write_text(text, encoding="utf-8")
     return family

@@ -82,7 +82,7 @@ class Options:
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "quantize")
     _check(asked)
-    from lmx.cli.convert import whole
+    from lmx.cli.folder import new_folder
     from lmx.run import trained
 
     step = cli.step_of(asked.model, asked.step) if (asked.model / "run.txt").exists() else 0
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     if asked.frontier:
         _frontier(asked, model)
         return
-    with whole(asked.out) as folder:
+    with new_folder(asked.out) as folder:
         seen = _windows(asked.calibration, model, asked.samples, asked.length) if asked.calibration else None
         began = time.monotonic()
         params, facts = made(asked, model, seen)

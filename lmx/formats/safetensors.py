@@ -15,7 +15,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import methodcaller
 from pathlib import Path
 
@@ -106,6 +106,19 @@ def write(
         if old.name not in names:
             old.unlink(missing_ok=True)
     return [folder / name for name in names]
+
+
+def write_file(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes one file, whole or not at all. Raises: as `write`."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        for shard in _shards(arrays.items(), math.inf):
+            _save(part, shard, {"format": "pt"})
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _read_file(path):

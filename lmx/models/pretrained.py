@@ -254,6 +254,11 @@ def save(
     return family
 
 
+def family_of(config: TransformerConfig, like: Mapping[str, Any] | None = None) -> Family:
+    """The family that `save` would write a model as. Raises: as `save`."""
+    return _representing(config, like or {}, None)[0]
+
+
 def _representing(config, like, context) -> tuple[Family, dict[str, Any]]:
     def tried(family):
         found = family.fields(config)

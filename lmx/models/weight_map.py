@@ -155,7 +155,7 @@ def dump(entries: Iterable[Entry], params: Any, dtype: np.dtype) -> Iterator[tup
             pieces = [np.swapaxes(x, -1, -2) if entry.turned else x for entry, x in zip(parts, pieces)]
             whole = np.concatenate(pieces, parts[0].out_axis)
             if parts[0].paired:
-                whole = _pairs(whole, parts[0].paired)
+                whole = pairs(whole, parts[0].paired)
             with np.errstate(over="ignore"):
                 rounded = np.ascontiguousarray(whole.astype(dtype))
             if np.isinf(rounded).any() and not np.isinf(whole).any():
@@ -179,7 +179,7 @@ def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.swapaxes(split, 1, 2).reshape(rows.shape)
 
 
-def _pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """What `_halves` undoes."""
+def pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head with feature pairs (i, i + d/2) brought to (2i, 2i + 1), as `Entry.paired` files have them."""
     split = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return np.swapaxes(split, 1, 2).reshape(rows.shape)

@@ -117,6 +117,11 @@ class Transposed(Weight):
         return jnp.swapaxes(dense(self.base), -1, -2)
 
 
+def is_matrix(path: str) -> bool:
+    """Whether a parameter's path is that of a matrix, which may be a `Weight`."""
+    return path.split("/")[-1] in ("w", "embed", "head")
+
+
 def linear(
     x: Float[Array, "*B d_in"], w: Array | Weight, dtype: str | None = None
 ) -> Float[Array, "*B d_out"]:

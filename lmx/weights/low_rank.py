@@ -77,6 +77,10 @@ class Dora(Weight):
         return shape_of(self.base)
 
     @property
+    def scale(self) -> float:
+        return self.direction.scale
+
+    @property
     def direction(self) -> LowRank:
         return LowRank(self.base, self.a, self.b, self.alpha, self.stabilised)
 
