@@ -147,8 +147,8 @@ def show(tour: Tour, facts: dict) -> tuple:
     return (
         page.Text(
             "Each matrix in fewer bits. KL is how far the distribution of the next token moves, in nats; the last "
-            "column how often the likeliest token stays the same. GPTQ looks at a little text and lets later rows make up for "
-            "the rounding of earlier ones; the other formats look at nothing."
+            "column how often the likeliest token stays the same. GPTQ looks at a little text and lets later rows make "
+            "up for the rounding of earlier ones; the other formats look at nothing."
         ),
         Table(("model", "format", "MiB", "perplexity", "KL", "same likeliest token"), tuple(rows)),
         page.Figure(svg, "Bits against what they change, of all weights, embedding included"),
