@@ -122,7 +122,7 @@ def test_layer_by_layer_on_a_mesh_and_after_a_checkpoint(name, tmp_path):
     params = moved(Lora(4)(FORMATS[name](fresh(), KEY), KEY))
     want = logits(params)
     apart = unstacked(params)
-    close(MODEL.apply(apart, {"tokens": TOKENS}).logits, want)
+    close(MODEL.apply(apart, {"tokens": TOKENS}).logits, want, 2e-3)  # codes by inputs of 16 bits
     mesh = MeshConfig(2, 2, 2).build()
     placed = jax.device_put(params, shardings(params, RULES, mesh))
     assert len(placed["blocks"]["mlp"]["up"]["w"].a.sharding.device_set) == 8
