@@ -50,7 +50,7 @@ class Options:
     bits: float | None = None
     """Of each weight, 2 to 6 or 8; 4 if not given. For mixed the mean, such as 3.5."""
     group_size: int | None = None
-    """Inputs that share a scale; 128 for gptq and mixed, else 64, if not given; 0 gives one scale to each output."""
+    """Inputs that share a scale; 64 for nf4 and w4a8, else 128, if not given; 0 gives one scale to each output."""
     symmetric: bool = True
     """Steps that are the same on both sides of zero; --no-symmetric gives each group a zero point."""
     act_order: bool = True
@@ -128,7 +128,7 @@ def how(asked: Options, method: str) -> Any:
     from lmx import adapt
 
     bits = 4 if asked.bits is None else int(asked.bits)
-    default = 128 if "gptq" in method else 64
+    default = 64 if method in ("nf4", "w4a8") else 128
     size = default if asked.group_size is None else asked.group_size or None
     where = asked.where or adapt.LAYERS
     plain = adapt.Quantize(bits, size, asked.symmetric, where)

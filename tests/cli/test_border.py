@@ -143,8 +143,8 @@ def test_checkpoints_that_do_not_fit(refused, run, tmp_path):
     shutil.copytree(run[0], copy)
     text = (copy / "run.txt").read_text()
     (copy / "run.txt").write_text(text.replace("d_model=32", "d_model=64"))
-    assert "a checkpoint of another shape" in refused("eval", copy, "hindi.txt")
-    assert "a checkpoint of another shape" in refused("generate", copy, "नदी")
+    assert "they do not belong together" in refused("eval", copy, "hindi.txt")
+    assert "they do not belong together" in refused("generate", copy, "नदी")
     assert "no checkpoint for --step 7; there are [5, 10]" in refused("generate", run[0], "--step", "7")
     assert "latest, best or a number" in refused("eval", run[0], "--step", "first")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lmx import tree
+from lmx.adapt import Int8
 from lmx.run import trained
 from lmx.train import stored
 from lmx.weights import LowRank, Quantized, dense
@@ -57,6 +58,9 @@ def test_methods_without_data_say_how_near_they_stay(run, lmx, tmp_path):
     assert "top1" in said and "times less than before" in said
     a, b = logits(trained(run[0])), logits(trained(tmp_path / "q8"))
     assert 0 < np.abs(a - b).max() < 0.1
+    loaded_then = Int8()(trained(run[0]).params, jax.random.key(0))
+    assert jax.tree.structure(loaded_then) == jax.tree.structure(trained(tmp_path / "q8").params)
+    jax.tree.map(np.testing.assert_array_equal, loaded_then, trained(tmp_path / "q8").params)
     lmx("quantize", run[0], tmp_path / "all", "--method", "w8a8", "--embed")
     params = trained(tmp_path / "all").params
     assert isinstance(params["embed"].base, Quantized)
