@@ -156,9 +156,14 @@ class Trained(NamedTuple):
     chat: ChatTemplate | None
     context: int
 
-    def for_decoding(self) -> Trained:
-        """With the parameters as they decode fastest here; on a CPU that is layer by layer."""
-        return self._replace(params=unstacked(self.params)) if jax.default_backend() == "cpu" else self
+    def for_decoding(self, cache: str = "float") -> Trained:
+        """With the parameters as they decode fastest here; on a CPU that is layer by layer.
+
+        cache: "float" or "int8", as `build` has it.
+        """
+        model = self.model if cache == "float" else build(self.model.config, cache=cache)
+        params = unstacked(self.params) if jax.default_backend() == "cpu" else self.params
+        return self._replace(model=model, params=params)
 
 
 def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -> Trained:

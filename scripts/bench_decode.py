@@ -58,6 +58,7 @@ def main() -> None:
         "--contenders", nargs="*", default=["lmx float32", *PEERS], help="default: %(default)s"
     )
     parser.add_argument("--kinds", nargs="*", default=["decode", "answer"], help="of work in batches")
+    parser.add_argument("--cache", default="float", help="float or int8: how lmx keeps keys and values")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="a JSON file of all figures")
@@ -148,6 +149,7 @@ def prepare(asked, folder: Path) -> dict:
     job = {
         "model": str(asked.model.resolve()),
         "threads": asked.threads,
+        "cache": asked.cache,
         "prompts": prompts,
         "long": tokenizer.encode(" ".join(words))[:PREFILL],
         "ends": list(tokenizer.end_ids),
@@ -162,7 +164,8 @@ def prepare(asked, folder: Path) -> dict:
     tokens = 32 + DECODE // 2
     for name in asked.contenders:
         width = {"float32": 4, "bfloat16": 2, "F16": 2, "Q8_0": 34 / 32}[name.split()[-1]]
-        job["bytes"][name] = width * n_params + (4 if width == 4 else 2) * kv * tokens
+        of_kept = 1 if name.startswith("lmx") and asked.cache == "int8" else 4 if width == 4 else 2
+        job["bytes"][name] = width * n_params + of_kept * kv * tokens
     if any(name.startswith("transformers") for name in asked.contenders):
         job["folder"] = str(folder)
         pretrained.save(folder, found.config, pretrained.load(found), like=found.fields)
@@ -269,7 +272,7 @@ class Lmx:
         model = trained(job["model"])
         built = build(replace(model.run.model, dtype=dtype))
         params = jax.tree.map(lambda x: x.astype(dtype), model.params) if dtype != "float32" else model.params
-        model = model._replace(model=built, params=params).for_decoding()
+        model = model._replace(model=built, params=params).for_decoding(job["cache"])
         self._parts = model.model, model.params, model.tokenizer
         endless = model.tokenizer.without("eos_token").ending_with(())
         self._no_end = model.model, model.params, endless

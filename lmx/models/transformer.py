@@ -109,14 +109,21 @@ class Out:
 class Cache:
     """Keys and values of the tokens seen so far; slot s of row b is empty while segment_ids[b, s] is 0.
 
-    For `unstacked` parameters k and v are tuples of L arrays.
+    scales: of k and of v where they are int8 codes, float32 [L, B, K, 1, S] each; () where they are floats.
+    For `unstacked` parameters k, v and each of scales are tuples of L arrays.
     """
 
-    k: Float[Array, "L B K H S"] | tuple[Float[Array, "B K H S"], ...]
-    v: Float[Array, "L B K S H"] | tuple[Float[Array, "B K S H"], ...]
+    k: Shaped[Array, "L B K H S"] | tuple[Shaped[Array, "B K H S"], ...]
+    v: Shaped[Array, "L B K S H"] | tuple[Shaped[Array, "B K S H"], ...]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, B]
+    scales: tuple = ()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of what is kept: that of a model's activations, or int8."""
+        return jax.tree.leaves(self.k)[0].dtype
 
     def rewind(self, length: Int[Array, " B"]) -> Cache:
         """Without the tokens of row b from number length[b] on; a row that holds fewer stays as it is."""
@@ -138,6 +145,7 @@ class Cache:
             v=jax.tree.map(partial(fit, -2), self.v),
             positions=fit(-1, self.positions),
             segment_ids=fit(-1, self.segment_ids),
+            scales=jax.tree.map(partial(fit, -1), self.scales),
         )
 
     def take(self, at: Int[Array, " R"]) -> Cache:
@@ -145,9 +153,21 @@ class Cache:
         return jax.tree.map(lambda x: x[_rows(x, at)], self)
 
     def place(self, new: Cache, at: Int[Array, " R"]) -> Cache:
-        """With row i of `new` in row at[i], cut to as many slots."""
+        """With row i of `new` in row at[i], cut to as many slots.
+
+        Raises: ValueError if `new` keeps its numbers in another dtype.
+        """
+        _check_kept(new, self.dtype)
         new = new.resize(self.positions.shape[1])
         return jax.tree.map(lambda x, y: x.at[_rows(x, at)].set(y), self, new)
+
+
+def _check_kept(cache: Cache, dtype: str | jnp.dtype) -> None:
+    if cache.dtype != dtype:
+        raise ValueError(
+            f"this cache keeps keys and values as {cache.dtype}, and {jnp.dtype(dtype)} is wanted here; make it with "
+            "`new_cache` of the model that reads it"
+        )
 
 
 def _rows(x, at):
@@ -162,7 +182,7 @@ class Model(NamedTuple):
     apply(params, batch, key=None) -> Out; batch has tokens [B, T], and positions and segment_ids if packed;
       a key turns dropout on.
     step(params, cache, tokens [B, t], valid [B, t] or None) -> (Out, cache): the next t tokens of each row;
-      valid is False on right padding, which leaves no trace in the cache.
+      valid is False on right padding, which leaves no trace in the cache. The cache is one of this model's own kind.
     new_cache(batch_size, length, params=None) -> Cache with room for `length` tokens per row; more are dropped.
       params: those it is for, if they are `unstacked`.
     """
@@ -253,12 +273,19 @@ class Transformer(nn.Module):
         return x, cache, routing
 
 
-def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str | None = None) -> Model:
+def build(
+    config: TransformerConfig, *, mesh: Mesh | None = None, platform: str | None = None, cache: str = "float"
+) -> Model:
     """The model's functions, with attention and scan chosen for a platform ("cpu", "gpu", "tpu").
 
     platform: None means that of the mesh, or jax's default backend.
-    Raises: ValueError if vocab_size is not set.
+    cache: how decoding keeps keys and values: "float", in the dtype of activations, or "int8", about a quarter of
+      float32 (`lmx.nn.attention.rounded`).
+    Raises: ValueError if vocab_size is not set, or for another cache.
     """
+    if cache not in ("float", "int8"):
+        raise ValueError(f'build: cache={cache!r}; use "float" or "int8"')
+    kept = config.dtype if cache == "float" else cache
     if config.vocab_size is None:
         raise ValueError("TransformerConfig: vocab_size=None; set it, or let the run take the tokenizer's")
     if platform is None:
@@ -294,6 +321,7 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
         return out
 
     def step(params, cache, tokens, valid=None):
+        _check_kept(cache, kept)
         B, t = tokens.shape
         valid = jnp.ones((B, t), bool) if valid is None else valid
         positions = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
@@ -303,28 +331,29 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
             cache.positions.at[rows, slots].set(positions, mode="drop"),
             cache.segment_ids.at[rows, slots].set(1, mode="drop"),
         )
-        out, (k, v) = make(attend=over_cache, unroll=unroll_step).apply(
+        out, (k, v, *scales) = make(attend=over_cache, unroll=unroll_step).apply(
             {"params": params},
             tokens,
             Where(positions, valid.astype(jnp.int32)),
-            (cache.k, cache.v),
+            (cache.k, cache.v, *cache.scales),
             slots,
             kv_where,
         )
-        return out, Cache(k, v, *kv_where, cache.length + valid.sum(1, dtype=jnp.int32))
+        length = cache.length + valid.sum(1, dtype=jnp.int32)
+        return out, Cache(k, v, *kv_where, length, tuple(scales))
 
     def new_cache(batch_size: int, length: int, params=None) -> Cache:
         _check_length(config, length)
         a = config.attention
         K, H = a.kv_heads, a.width(config.d_model)
-        k, v = (
-            jnp.zeros((config.n_layers, batch_size, K, *last), config.dtype)
-            for last in ((H, length), (length, H))
+        parts = [((H, length), kept), ((length, H), kept)]
+        parts += [((1, length), "float32")] * (2 if cache == "int8" else 0)
+        parts = [jnp.zeros((config.n_layers, batch_size, K, *last), dtype) for last, dtype in parts]
+        k, v, *scales = (
+            map(tuple, parts) if params is not None and isinstance(params["blocks"], tuple) else parts
         )
-        if params is not None and isinstance(params["blocks"], tuple):
-            k, v = tuple(k), tuple(v)
         empty = jnp.zeros((batch_size, length), jnp.int32)
-        return Cache(k, v, empty, empty, jnp.zeros(batch_size, jnp.int32))
+        return Cache(k, v, empty, empty, jnp.zeros(batch_size, jnp.int32), tuple(scales))
 
     return Model(init, apply, step, new_cache, config)
 
@@ -356,7 +385,7 @@ def _one_by_one(block: Block, params: tuple, x, cache, context: Context):
     routings, caches = [], []
     one = jax.jit(lambda p, carry, layer, context: block.apply({"params": p}, carry, layer, context))
     for layer, of_layer in enumerate(params):
-        kv = None if cache is None else (cache[0][layer], cache[1][layer])
+        kv = None if cache is None else tuple(part[layer] for part in cache)
         (x, kv), routing = one(of_layer, (x, kv), jnp.int32(layer), context)
         routings.append(routing)
         caches.append(kv)
