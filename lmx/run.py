@@ -16,7 +16,7 @@ from lmx import tree, values
 from lmx.data import ChatTemplate, Data, Tokenizer
 from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
-from lmx.models import Model, TransformerConfig, build, pretrained, unstacked
+from lmx.models import Model, TransformerConfig, build, prefixed, pretrained, unstacked
 from lmx.optim import AdamW, Schedule, Update
 from lmx.train.checkpoint import load_params
 from lmx.train.metrics import NAMES
@@ -162,7 +162,8 @@ class Trained(NamedTuple):
         cache: "float" or "int8", as `build` has it.
         """
         model = self.model if cache == "float" else build(self.model.config, cache=cache)
-        params = unstacked(self.params) if jax.default_backend() == "cpu" else self.params
+        params = prefixed(model.config, self.params)
+        params = unstacked(params) if jax.default_backend() == "cpu" else params
         return self._replace(model=model, params=params)
 
 

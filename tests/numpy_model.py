@@ -90,13 +90,18 @@ def _attention(c, p, w, positions, segments, kept, x):
         q, k = _norm(c.norm, w["q_norm"], q), _norm(c.norm, w["k_norm"], k)
     if type(c.position).__name__ == "RoPE":
         q, k = _rope(q, positions, c.position.theta), _rope(k, positions, c.position.theta)
-    k, v = kept(k), kept(v)
+    k, v, P = kept(k), kept(v), 0
+    if "prefix" in w:  # learned keys and values at positions -P to -1, of every segment
+        P = len(w["prefix"]["k"])
+        k, v = (np.concatenate([w["prefix"][name].reshape(P, K, H), x]) for name, x in (("k", k), ("v", v)))
+        positions = np.concatenate([np.arange(-P, 0), positions])
+        segments = np.concatenate([np.full(P, -1), segments])
     scale = a.scale or 1 / math.sqrt(H)
     out = np.zeros((T, a.n_heads, H))
     for n in range(a.n_heads):
         group = n // (a.n_heads // K)
         for t in range(T):
-            seen = [s for s in range(T) if _sees(a.mask, positions, segments, t, s)]
+            seen = [s for s in range(P + T) if _sees(a.mask, positions, segments, P + t, s)]
             if not seen:
                 continue
             score = np.array([q[t, n] @ k[s, group] * scale for s in seen])
@@ -104,11 +109,12 @@ def _attention(c, p, w, positions, segments, kept, x):
                 score = a.softcap * np.tanh(score / a.softcap)
             if type(c.position).__name__ == "ALiBi":
                 score -= 2.0 ** (-8 * (n + 1) / a.n_heads) * np.array(
-                    [abs(positions[t] - positions[s]) for s in seen]
+                    [abs(positions[P + t] - positions[s]) for s in seen]
                 )
             if type(c.position).__name__ == "T5":
                 score += [
-                    p["position_table"][_t5_bucket(positions[t] - positions[s], c.position), n] for s in seen
+                    p["position_table"][_t5_bucket(positions[P + t] - positions[s], c.position), n]
+                    for s in seen
                 ]
             share = np.exp(score - score.max())
             out[t, n] = (share / share.sum()) @ v[seen, group]
@@ -116,7 +122,7 @@ def _attention(c, p, w, positions, segments, kept, x):
 
 
 def _sees(mask, positions, segments, t, s):
-    if segments[t] == 0 or segments[t] != segments[s]:
+    if segments[t] == 0 or segments[s] not in (segments[t], -1):
         return False
     i, j = positions[t], positions[s]
     return {

@@ -33,6 +33,8 @@ RULES: Rules = (
     ("*/q/w*|*/k/w*|*/v/w*|*/up/w*|*/gate/w*|head*", ("fsdp", "tensor")),
     ("*/o/w*|*/down/w*", ("tensor", "fsdp")),
     ("embed*", ("tensor", "fsdp")),
+    ("*/prefix/*", ("tensor",)),
+    ("prompt", ()),
     ("*/q/b|*/k/b|*/v/b|*/up/b|*/gate/b", ("tensor",)),
     ("*/b|*scale|*bias|position_*", ()),
 )
@@ -209,7 +211,8 @@ class Layers(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """only: "enter" gives the embedded tokens; "leave" takes what the layers made of them in place of tokens."""
+    """only: "enter" gives the embedded tokens; "leave" takes what the layers made of them in place of tokens; "prompt"
+    takes embeddings [B, T, D] that are learned, and with them what else stands at their positions."""
 
     config: TransformerConfig
     attend: Callable
@@ -228,10 +231,11 @@ class Transformer(nn.Module):
         }
         if only != "leave":
             rows = embed if isinstance(embed, Weight) else self.constrain(embed, "tensor", None)
-            x = lookup(rows, tokens)
+            x = tokens if only == "prompt" else lookup(rows, tokens)
             if c.scale_embed:
                 x = x * c.d_model**0.5
-            x = c.position.embed(x, where.positions, position_weights)
+            if only != "prompt":
+                x = c.position.embed(x, where.positions, position_weights)
             x = nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
             x = self.constrain(x.astype(c.dtype), ROWS, None, None)
             if only == "enter":
@@ -315,6 +319,7 @@ def build(
             else _places(batch["tokens"])
         )
         _check_length(config, batch["tokens"].shape[1])
+        params = prefixed(config, params)
         module = make(deterministic=key is None or config.dropout == 0)
         rngs = None if key is None else {"dropout": key}
         out, _ = module.apply({"params": params}, batch["tokens"], where, rngs=rngs)
@@ -322,6 +327,7 @@ def build(
 
     def step(params, cache, tokens, valid=None):
         _check_kept(cache, kept)
+        params = prefixed(config, params)
         B, t = tokens.shape
         valid = jnp.ones((B, t), bool) if valid is None else valid
         positions = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
@@ -358,6 +364,38 @@ def build(
     return Model(init, apply, step, new_cache, config)
 
 
+def prefixed(config: TransformerConfig, params: Any) -> Any:
+    """The parameters with what each layer makes of a learned `prompt` [P, D], keys and values, as its prefix; as they are
+    without one.
+
+    They depend on no text that follows, so they are made once for all rows and segments. `apply` and `step` do so
+    themselves; whoever decodes many tokens does it before. The prompt stands at positions -P to -1: no scheme that adds
+    to embeddings adds to it, since what it would add can be learned.
+    Raises: ValueError if there is a prefix already.
+    """
+    if "prompt" not in params:
+        return params
+    prompt, rest = params["prompt"], {name: x for name, x in params.items() if name != "prompt"}
+    if any("/prefix/" in path for path in tree.paths(rest)):
+        raise ValueError("these parameters hold a prompt and a prefix; keep one of them")
+    slots = jnp.arange(prompt.shape[0], dtype=jnp.int32)[None]
+    cache = build(config, platform="cpu").new_cache(1, prompt.shape[0], rest)
+    where = Where(slots - prompt.shape[0], jnp.ones_like(slots))
+    module = Transformer(config, attention, lambda x, *axes: x, config.unroll or 1)
+    _, (k, v) = module.apply(
+        {"params": rest}, prompt[None], where, (cache.k, cache.v), slots, where, only="prompt"
+    )
+
+    def of_layers(blocks, k, v):
+        each = {"k": jnp.moveaxis(k[..., 0, :, :, :], -1, -3), "v": jnp.moveaxis(v[..., 0, :, :, :], -2, -3)}
+        prefix = {name: x.reshape(*x.shape[:-2], -1) for name, x in each.items()}
+        return {**blocks, "attn": {**blocks["attn"], "prefix": prefix}}
+
+    blocks = rest["blocks"]
+    together = not isinstance(blocks, tuple)
+    return {**rest, "blocks": of_layers(blocks, k, v) if together else tuple(map(of_layers, blocks, k, v))}
+
+
 def layers(config: TransformerConfig) -> Layers:
     """The parts of the model that `build` gives, for whole sequences of unpacked text."""
     attend = flash.pick(config.attention.impl, platform=jax.default_backend(), mesh=None)
@@ -365,6 +403,8 @@ def layers(config: TransformerConfig) -> Layers:
     block = Block(config, config.position, attend, 0.0, 0.0, parent=None)
 
     def enter(params, tokens):
+        if "prompt" in params:
+            raise ValueError("these parameters hold a prompt; make it a prefix first: lmx.models.prefixed")
         return module.apply({"params": params}, tokens, _places(tokens), only="enter")
 
     def layer(params, of_layer, i, x):
@@ -401,15 +441,16 @@ def unstacked(params: Any) -> Any:
     faster so (`lmx.ops.dot.rows_by`). It compiles longer, so it is for decoding; the arrays are copies.
     """
 
-    def turned(w):
-        return Transposed(jnp.swapaxes(w, -1, -2)) if isinstance(w, jax.Array) and w.ndim == 2 else w
+    def turned(path, w):
+        is_matrix = isinstance(w, jax.Array) and w.ndim == 2 and "/prefix/" not in path
+        return Transposed(jnp.swapaxes(w, -1, -2)) if is_matrix else w
 
     def layer(i):
         of_layer = jax.tree.map(itemgetter(i), params["blocks"])
-        return jax.tree.map(turned, of_layer, is_leaf=lambda x: isinstance(x, Weight))
+        return tree.map_at(turned, of_layer, "*", is_leaf=lambda x: isinstance(x, Weight))
 
     n_layers = len(jax.tree.leaves(params["blocks"])[0])
-    head = {name: turned(w) for name, w in params.items() if name == "head"}
+    head = {name: turned(name, w) for name, w in params.items() if name == "head"}
     return {**params, **head, "blocks": tuple(map(layer, range(n_layers)))}
 
 

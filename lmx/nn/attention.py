@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lmx import values
 from lmx.nn.linear import Linear
 from lmx.nn.norm import Norm, NormConfig
-from lmx.ops.mask import Causal, Mask, SameSegment, SlidingWindow, Where
+from lmx.ops.mask import EVERY, Causal, Mask, SameOrEvery, SameSegment, SlidingWindow, Where
 from lmx.ops.position import NoPE, Position, RoPE
 from lmx.ops.rounding import codes, grid
 
@@ -119,7 +119,11 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache=None, layer=None):
         """Returns (y [B, T, D], cache): the cache, k [B, K, H, S] and v [B, K, S, H] of this layer or of a stack of all
         layers, and where they are int8 codes a scale [B, K, 1, S] of each, comes back with the new tokens in their
-        slots."""
+        slots.
+
+        prefix: {"k", "v"} [P, K H] beside the matrices of a layer, where the tree holds it, are keys and values that
+        every segment sees before its own, at positions -P to -1; they are read as a cache would hold them, turned.
+        """
         c = self.config
         B, T, D = x.shape
         H, N, K = c.width(D), c.n_heads, c.kv_heads
@@ -148,6 +152,10 @@ class Attention(nn.Module):
                 y.astype(x.dtype).transpose(order) for y, order in ((kt, (0, 3, 1, 2)), (v, (0, 2, 1, 3)))
             )
             kv_where = context.kv_where
+        segments, prefix = SameSegment(), self.get_variable("params", "prefix")
+        if prefix is not None:
+            segments = SameOrEvery()
+            k, v, kv_where = _after(prefix, k, v, kv_where)
         bias = None
         if self.position.biased:
             bias = partial(self.position.bias, n_heads=N, w=context.position_weights)
@@ -160,7 +168,7 @@ class Attention(nn.Module):
                 v,
                 q_where=context.where,
                 k_where=kv_where,
-                mask=mask & SameSegment(),
+                mask=mask & segments,
                 bias=bias,
                 scale=c.scale,
                 softcap=c.softcap,
@@ -188,6 +196,23 @@ class Attention(nn.Module):
         if local is None:
             return f(None, *args)
         return jax.lax.cond(local.holds(layer), partial(f, local), partial(f, None), *args)
+
+
+def _after(prefix, k, v, where: Where):
+    """Keys, values and places of a layer, with those of its prefix in front."""
+    B, _, K, H = k.shape
+    P = prefix["k"].shape[0]
+
+    def join(learned, y):
+        if learned.shape != (P, K * H):
+            raise ValueError(f"a prefix has shape {learned.shape}, this model wants {(P, K * H)}")
+        learned = learned.reshape(1, P, K, H).astype(y.dtype)
+        return jnp.concatenate([jnp.broadcast_to(learned, (B, P, K, H)), y], 1)
+
+    before = jnp.broadcast_to(jnp.arange(-P, 0, dtype=jnp.int32)[None], (B, P))
+    places = Where(before, jnp.full_like(before, EVERY))
+    where = Where(*(jnp.concatenate(pair, 1) for pair in zip(places, where)))
+    return join(prefix["k"], k), join(prefix["v"], v), where
 
 
 def rounded(x: Float[Array, "B T K H"]) -> tuple[Int[Array, "B T K H"], Float[Array, "B T K 1"]]:
