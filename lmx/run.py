@@ -18,7 +18,7 @@ from lmx.adapt import Surgery  # with all the surgeries that a saved run may nam
 from lmx.data import ChatTemplate, Data, Tokenizer
 from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
-from lmx.models import Model, TransformerConfig, build, pretrained, unstacked
+from lmx.models import Model, TransformerConfig, build, prefixed, pretrained, unstacked
 from lmx.optim import AdamW, Schedule, Update
 from lmx.train.checkpoint import load_params
 from lmx.train.metrics import NAMES
@@ -158,9 +158,15 @@ class Trained(NamedTuple):
     chat: ChatTemplate | None
     context: int
 
-    def for_decoding(self) -> Trained:
-        """With the parameters as they decode fastest here; on a CPU that is layer by layer."""
-        return self._replace(params=unstacked(self.params)) if jax.default_backend() == "cpu" else self
+    def for_decoding(self, cache: str = "float") -> Trained:
+        """With the parameters as they decode fastest here; on a CPU that is layer by layer.
+
+        cache: "float" or "int8", as `build` has it.
+        """
+        model = self.model if cache == "float" else build(self.model.config, cache=cache)
+        params = prefixed(model.config, self.params)
+        params = unstacked(params) if jax.default_backend() == "cpu" else params
+        return self._replace(model=model, params=params)
 
 
 def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -> Trained:

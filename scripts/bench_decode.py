@@ -59,6 +59,7 @@ def main() -> None:
         "--contenders", nargs="*", default=["lmx float32", *PEERS], help="default: %(default)s"
     )
     parser.add_argument("--kinds", nargs="*", default=["decode", "answer"], help="of work in batches")
+    parser.add_argument("--cache", default="float", help="float or int8: how lmx keeps keys and values")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="a JSON file of all figures")
@@ -151,6 +152,7 @@ def prepare(asked, folder: Path) -> dict:
     job = {
         "model": str(asked.model.resolve()),
         "threads": asked.threads,
+        "cache": asked.cache,
         "prompts": prompts,
         "long": tokenizer.encode(" ".join(words))[:PREFILL],
         "ends": list(tokenizer.end_ids),
@@ -166,7 +168,8 @@ def prepare(asked, folder: Path) -> dict:
     for name in asked.contenders:
         widths = {"float32": 4, "bfloat16": 2, "F16": 2, "Q8_0": 34 / 32, "Q4_1": 20 / 32} | FORMATS
         width = widths[name.split()[-1]]
-        job["bytes"][name] = width * n_params + (4 if name.startswith("lmx") else 2) * kv * tokens
+        of_kept = 2 if not name.startswith("lmx") else 1 if asked.cache == "int8" else 4
+        job["bytes"][name] = width * n_params + of_kept * kv * tokens
     if any(name.startswith("transformers") for name in asked.contenders):
         job["folder"] = str(folder)
         pretrained.save(folder, found.config, pretrained.load(found), like=found.fields)
@@ -278,7 +281,7 @@ class Lmx:
         if form in FORMATS:
             surgery = {"int8": adapt.Int8, "W8A8": adapt.W8A8, "int4": adapt.Int4, "W4A8": adapt.W4A8}[form]
             params = surgery(where=adapt.EVERY)(params, jax.random.key(0))
-        model = model._replace(model=built, params=params).for_decoding()
+        model = model._replace(model=built, params=params).for_decoding(job["cache"])
         self._parts = model.model, model.params, model.tokenizer
         endless = model.tokenizer.without("eos_token").ending_with(())
         self._no_end = model.model, model.params, endless

@@ -9,14 +9,19 @@ from functools import partial
 import numpy as np
 
 
-def logits(params, config, tokens, positions=None, segment_ids=None):
-    """float64 [B, T, V]; without positions every row is one sequence that starts at 0."""
+def logits(params, config, tokens, positions=None, segment_ids=None, kept=lambda x: x):
+    """float64 [B, T, V]; without positions every row is one sequence that starts at 0.
+
+    kept: what becomes of the keys and of the values [T, K, H] of a layer before they are read.
+    """
     p = _float64(params)
     tokens = np.asarray(tokens)
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         segment_ids = np.ones(tokens.shape, int)
-    rows = [_row(p, config, *row) for row in zip(tokens, np.asarray(positions), np.asarray(segment_ids))]
+    rows = [
+        _row(p, config, kept, *row) for row in zip(tokens, np.asarray(positions), np.asarray(segment_ids))
+    ]
     return np.stack(rows)
 
 
@@ -32,7 +37,7 @@ def sequence_nats(params, config, ids):
     return -log_p[np.arange(len(ids) - 1), ids[1:]]
 
 
-def _row(p, c, tokens, positions, segments):
+def _row(p, c, kept, tokens, positions, segments):
     x = p["embed"][tokens]
     if c.scale_embed:
         x = x * math.sqrt(c.d_model)
@@ -47,7 +52,8 @@ def _row(p, c, tokens, positions, segments):
                 x[t, 2 * i + 1] += c.position.scale * math.cos(angle)
     for layer in range(c.n_layers):
         block = _layer(p["blocks"], layer)
-        x = _residual(c, block, "attn_norm", x, partial(_attention, c, p, block["attn"], positions, segments))
+        attend = partial(_attention, c, p, block["attn"], positions, segments, kept)
+        x = _residual(c, block, "attn_norm", x, attend)
         feed = _moe if hasattr(c.mlp, "n_experts") else _mlp
         x = _residual(c, block, "mlp_norm", x, partial(feed, c.mlp, block["mlp"]))
     x = _norm(c.norm, p["norm"], x)
@@ -75,7 +81,7 @@ def _linear(w, x):
     return x @ w["w"] + w.get("b", 0.0)
 
 
-def _attention(c, p, w, positions, segments, x):
+def _attention(c, p, w, positions, segments, kept, x):
     a, T = c.attention, len(x)
     K = a.n_kv_heads or a.n_heads
     H = a.head_dim or c.d_model // a.n_heads
@@ -84,12 +90,18 @@ def _attention(c, p, w, positions, segments, x):
         q, k = _norm(c.norm, w["q_norm"], q), _norm(c.norm, w["k_norm"], k)
     if type(c.position).__name__ == "RoPE":
         q, k = _rope(q, positions, c.position.theta), _rope(k, positions, c.position.theta)
+    k, v, P = kept(k), kept(v), 0
+    if "prefix" in w:  # learned keys and values at positions -P to -1, of every segment
+        P = len(w["prefix"]["k"])
+        k, v = (np.concatenate([w["prefix"][name].reshape(P, K, H), x]) for name, x in (("k", k), ("v", v)))
+        positions = np.concatenate([np.arange(-P, 0), positions])
+        segments = np.concatenate([np.full(P, -1), segments])
     scale = a.scale or 1 / math.sqrt(H)
     out = np.zeros((T, a.n_heads, H))
     for n in range(a.n_heads):
         group = n // (a.n_heads // K)
         for t in range(T):
-            seen = [s for s in range(T) if _sees(a.mask, positions, segments, t, s)]
+            seen = [s for s in range(P + T) if _sees(a.mask, positions, segments, P + t, s)]
             if not seen:
                 continue
             score = np.array([q[t, n] @ k[s, group] * scale for s in seen])
@@ -97,11 +109,12 @@ def _attention(c, p, w, positions, segments, x):
                 score = a.softcap * np.tanh(score / a.softcap)
             if type(c.position).__name__ == "ALiBi":
                 score -= 2.0 ** (-8 * (n + 1) / a.n_heads) * np.array(
-                    [abs(positions[t] - positions[s]) for s in seen]
+                    [abs(positions[P + t] - positions[s]) for s in seen]
                 )
             if type(c.position).__name__ == "T5":
                 score += [
-                    p["position_table"][_t5_bucket(positions[t] - positions[s], c.position), n] for s in seen
+                    p["position_table"][_t5_bucket(positions[P + t] - positions[s], c.position), n]
+                    for s in seen
                 ]
             share = np.exp(score - score.max())
             out[t, n] = (share / share.sum()) @ v[seen, group]
@@ -109,7 +122,7 @@ def _attention(c, p, w, positions, segments, x):
 
 
 def _sees(mask, positions, segments, t, s):
-    if segments[t] == 0 or segments[t] != segments[s]:
+    if segments[t] == 0 or segments[s] not in (segments[t], -1):
         return False
     i, j = positions[t], positions[s]
     return {

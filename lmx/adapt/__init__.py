@@ -21,6 +21,7 @@ from lmx.adapt.lora import (
 from lmx.adapt.matrices import EVERY, LAYERS
 from lmx.adapt.quantize import W4A8, W8A8, Cast, Fp8, Gguf, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
 from lmx.adapt.spend import sensitivity, spend
+from lmx.adapt.virtual import Prefix, Prompt
 from lmx.weights.surgery import Surgery, chain
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "Merge",
     "Nf4",
     "Pissa",
+    "Prefix",
+    "Prompt",
     "Prune",
     "Qat",
     "Quantize",

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -50,6 +50,8 @@ class Options:
     """The moving average of the parameters, which a run with optim.ema keeps."""
     source: Path | None = None
     """The experiment that defines the run's own classes; it is executed."""
+    cache: Literal["float", "int8"] = "float"
+    """How keys and values of what was read are kept: int8 takes about a quarter of the memory, and rounds them."""
     draft: Path | None = None
     """A smaller model of the same tokenizer, which drafts tokens that RUN checks; what is written follows RUN."""
     draft_tokens: int = 4
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> None:
         experiment(asked.source)
     step = cli.step_of(asked.run, asked.step)
     keep_compiled()
-    model = trained(asked.run, step, asked.ema).for_decoding()
+    model = trained(asked.run, step, asked.ema).for_decoding(asked.cache)
     if model.run.data.clean:  # as the text it was trained on
         prompts = [strip_controls(normalize(prompt)) for prompt in prompts]
     written = []
@@ -154,7 +156,7 @@ def _drafted(model, prompts: list[str], read: list, asked: Options) -> Iterator[
     from lmx.generate import Acceptance, Draft, speculate
     from lmx.run import trained
 
-    small = trained(asked.draft).for_decoding()
+    small = trained(asked.draft).for_decoding(asked.cache)
     if small.tokenizer.hash != model.tokenizer.hash:
         raise ValueError(
             f"--draft {asked.draft}: its tokenizer is not that of {asked.run} ({small.tokenizer}, "

@@ -13,6 +13,7 @@ from lmx.models.transformer import (
     flops_per_token,
     layers,
     n_params,
+    prefixed,
     unstacked,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "flops_per_token",
     "layers",
     "n_params",
+    "prefixed",
     "preset",
     "unstacked",
 ]

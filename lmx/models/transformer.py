@@ -33,6 +33,8 @@ RULES: Rules = (
     ("*/q/w*|*/k/w*|*/v/w*|*/up/w*|*/gate/w*|head*", ("fsdp", "tensor")),
     ("*/o/w*|*/down/w*", ("tensor", "fsdp")),
     ("embed*", ("tensor", "fsdp")),
+    ("*/prefix/*", ("tensor",)),
+    ("prompt", ()),
     ("*/q/b|*/k/b|*/v/b|*/up/b|*/gate/b", ("tensor",)),
     ("*/b|*scale|*bias|position_*", ()),
 )
@@ -109,14 +111,21 @@ class Out:
 class Cache:
     """Keys and values of the tokens seen so far; slot s of row b is empty while segment_ids[b, s] is 0.
 
-    For `unstacked` parameters k and v are tuples of L arrays.
+    scales: of k and of v where they are int8 codes, float32 [L, B, K, 1, S] each; () where they are floats.
+    For `unstacked` parameters k, v and each of scales are tuples of L arrays.
     """
 
-    k: Float[Array, "L B K H S"] | tuple[Float[Array, "B K H S"], ...]
-    v: Float[Array, "L B K S H"] | tuple[Float[Array, "B K S H"], ...]
+    k: Shaped[Array, "L B K H S"] | tuple[Shaped[Array, "B K H S"], ...]
+    v: Shaped[Array, "L B K S H"] | tuple[Shaped[Array, "B K S H"], ...]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, B]
+    scales: tuple = ()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of what is kept: that of a model's activations, or int8."""
+        return jax.tree.leaves(self.k)[0].dtype
 
     def rewind(self, length: Int[Array, " B"]) -> Cache:
         """Without the tokens of row b from number length[b] on; a row that holds fewer stays as it is."""
@@ -138,6 +147,7 @@ class Cache:
             v=jax.tree.map(partial(fit, -2), self.v),
             positions=fit(-1, self.positions),
             segment_ids=fit(-1, self.segment_ids),
+            scales=jax.tree.map(partial(fit, -1), self.scales),
         )
 
     def take(self, at: Int[Array, " R"]) -> Cache:
@@ -145,9 +155,21 @@ class Cache:
         return jax.tree.map(lambda x: x[_rows(x, at)], self)
 
     def place(self, new: Cache, at: Int[Array, " R"]) -> Cache:
-        """With row i of `new` in row at[i], cut to as many slots."""
+        """With row i of `new` in row at[i], cut to as many slots.
+
+        Raises: ValueError if `new` keeps its numbers in another dtype.
+        """
+        _check_kept(new, self.dtype)
         new = new.resize(self.positions.shape[1])
         return jax.tree.map(lambda x, y: x.at[_rows(x, at)].set(y), self, new)
+
+
+def _check_kept(cache: Cache, dtype: str | jnp.dtype) -> None:
+    if cache.dtype != dtype:
+        raise ValueError(
+            f"this cache keeps keys and values as {cache.dtype}, and {jnp.dtype(dtype)} is wanted here; make it with "
+            "`new_cache` of the model that reads it"
+        )
 
 
 def _rows(x, at):
@@ -162,7 +184,7 @@ class Model(NamedTuple):
     apply(params, batch, key=None) -> Out; batch has tokens [B, T], and positions and segment_ids if packed;
       a key turns dropout on.
     step(params, cache, tokens [B, t], valid [B, t] or None) -> (Out, cache): the next t tokens of each row;
-      valid is False on right padding, which leaves no trace in the cache.
+      valid is False on right padding, which leaves no trace in the cache. The cache is one of this model's own kind.
     new_cache(batch_size, length, params=None) -> Cache with room for `length` tokens per row; more are dropped.
       params: those it is for, if they are `unstacked`.
     """
@@ -189,7 +211,8 @@ class Layers(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """only: "enter" gives the embedded tokens; "leave" takes what the layers made of them in place of tokens."""
+    """only: "enter" gives the embedded tokens; "leave" takes what the layers made of them in place of tokens; "prompt"
+    takes embeddings [B, T, D] that are learned, and with them what else stands at their positions."""
 
     config: TransformerConfig
     attend: Callable
@@ -208,10 +231,11 @@ class Transformer(nn.Module):
         }
         if only != "leave":
             rows = embed if isinstance(embed, Weight) else self.constrain(embed, "tensor", None)
-            x = lookup(rows, tokens)
+            x = tokens if only == "prompt" else lookup(rows, tokens)
             if c.scale_embed:
                 x = x * c.d_model**0.5
-            x = c.position.embed(x, where.positions, position_weights)
+            if only != "prompt":
+                x = c.position.embed(x, where.positions, position_weights)
             x = nn.Dropout(c.dropout, deterministic=self.deterministic)(x)
             x = self.constrain(x.astype(c.dtype), ROWS, None, None)
             if only == "enter":
@@ -253,12 +277,19 @@ class Transformer(nn.Module):
         return x, cache, routing
 
 
-def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str | None = None) -> Model:
+def build(
+    config: TransformerConfig, *, mesh: Mesh | None = None, platform: str | None = None, cache: str = "float"
+) -> Model:
     """The model's functions, with attention and scan chosen for a platform ("cpu", "gpu", "tpu").
 
     platform: None means that of the mesh, or jax's default backend.
-    Raises: ValueError if vocab_size is not set.
+    cache: how decoding keeps keys and values: "float", in the dtype of activations, or "int8", about a quarter of
+      float32 (`lmx.nn.attention.rounded`).
+    Raises: ValueError if vocab_size is not set, or for another cache.
     """
+    if cache not in ("float", "int8"):
+        raise ValueError(f'build: cache={cache!r}; use "float" or "int8"')
+    kept = config.dtype if cache == "float" else cache
     if config.vocab_size is None:
         raise ValueError("TransformerConfig: vocab_size=None; set it, or let the run take the tokenizer's")
     if platform is None:
@@ -288,12 +319,15 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
             else _places(batch["tokens"])
         )
         _check_length(config, batch["tokens"].shape[1])
+        params = prefixed(config, params)
         module = make(deterministic=key is None or config.dropout == 0)
         rngs = None if key is None else {"dropout": key}
         out, _ = module.apply({"params": params}, batch["tokens"], where, rngs=rngs)
         return out
 
     def step(params, cache, tokens, valid=None):
+        _check_kept(cache, kept)
+        params = prefixed(config, params)
         B, t = tokens.shape
         valid = jnp.ones((B, t), bool) if valid is None else valid
         positions = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
@@ -303,30 +337,63 @@ def build(config: TransformerConfig, *, mesh: Mesh | None = None, platform: str 
             cache.positions.at[rows, slots].set(positions, mode="drop"),
             cache.segment_ids.at[rows, slots].set(1, mode="drop"),
         )
-        out, (k, v) = make(attend=over_cache, unroll=unroll_step).apply(
+        out, (k, v, *scales) = make(attend=over_cache, unroll=unroll_step).apply(
             {"params": params},
             tokens,
             Where(positions, valid.astype(jnp.int32)),
-            (cache.k, cache.v),
+            (cache.k, cache.v, *cache.scales),
             slots,
             kv_where,
         )
-        return out, Cache(k, v, *kv_where, cache.length + valid.sum(1, dtype=jnp.int32))
+        length = cache.length + valid.sum(1, dtype=jnp.int32)
+        return out, Cache(k, v, *kv_where, length, tuple(scales))
 
     def new_cache(batch_size: int, length: int, params=None) -> Cache:
         _check_length(config, length)
         a = config.attention
         K, H = a.kv_heads, a.width(config.d_model)
-        k, v = (
-            jnp.zeros((config.n_layers, batch_size, K, *last), config.dtype)
-            for last in ((H, length), (length, H))
+        parts = [((H, length), kept), ((length, H), kept)]
+        parts += [((1, length), "float32")] * (2 if cache == "int8" else 0)
+        parts = [jnp.zeros((config.n_layers, batch_size, K, *last), dtype) for last, dtype in parts]
+        k, v, *scales = (
+            map(tuple, parts) if params is not None and isinstance(params["blocks"], tuple) else parts
         )
-        if params is not None and isinstance(params["blocks"], tuple):
-            k, v = tuple(k), tuple(v)
         empty = jnp.zeros((batch_size, length), jnp.int32)
-        return Cache(k, v, empty, empty, jnp.zeros(batch_size, jnp.int32))
+        return Cache(k, v, empty, empty, jnp.zeros(batch_size, jnp.int32), tuple(scales))
 
     return Model(init, apply, step, new_cache, config)
+
+
+def prefixed(config: TransformerConfig, params: Any) -> Any:
+    """The parameters with what each layer makes of a learned `prompt` [P, D], keys and values, as its prefix; as they are
+    without one.
+
+    They depend on no text that follows, so they are made once for all rows and segments. `apply` and `step` do so
+    themselves; whoever decodes many tokens does it before. The prompt stands at positions -P to -1: no scheme that adds
+    to embeddings adds to it, since what it would add can be learned.
+    Raises: ValueError if there is a prefix already.
+    """
+    if "prompt" not in params:
+        return params
+    prompt, rest = params["prompt"], {name: x for name, x in params.items() if name != "prompt"}
+    if any("/prefix/" in path for path in tree.paths(rest)):
+        raise ValueError("these parameters hold a prompt and a prefix; keep one of them")
+    slots = jnp.arange(prompt.shape[0], dtype=jnp.int32)[None]
+    cache = build(config, platform="cpu").new_cache(1, prompt.shape[0], rest)
+    where = Where(slots - prompt.shape[0], jnp.ones_like(slots))
+    module = Transformer(config, attention, lambda x, *axes: x, config.unroll or 1)
+    _, (k, v) = module.apply(
+        {"params": rest}, prompt[None], where, (cache.k, cache.v), slots, where, only="prompt"
+    )
+
+    def of_layers(blocks, k, v):
+        each = {"k": jnp.moveaxis(k[..., 0, :, :, :], -1, -3), "v": jnp.moveaxis(v[..., 0, :, :, :], -2, -3)}
+        prefix = {name: x.reshape(*x.shape[:-2], -1) for name, x in each.items()}
+        return {**blocks, "attn": {**blocks["attn"], "prefix": prefix}}
+
+    blocks = rest["blocks"]
+    together = not isinstance(blocks, tuple)
+    return {**rest, "blocks": of_layers(blocks, k, v) if together else tuple(map(of_layers, blocks, k, v))}
 
 
 def layers(config: TransformerConfig) -> Layers:
@@ -336,6 +403,8 @@ def layers(config: TransformerConfig) -> Layers:
     block = Block(config, config.position, attend, 0.0, 0.0, parent=None)
 
     def enter(params, tokens):
+        if "prompt" in params:
+            raise ValueError("these parameters hold a prompt; make it a prefix first: lmx.models.prefixed")
         return module.apply({"params": params}, tokens, _places(tokens), only="enter")
 
     def layer(params, of_layer, i, x):
@@ -356,7 +425,7 @@ def _one_by_one(block: Block, params: tuple, x, cache, context: Context):
     routings, caches = [], []
     one = jax.jit(lambda p, carry, layer, context: block.apply({"params": p}, carry, layer, context))
     for layer, of_layer in enumerate(params):
-        kv = None if cache is None else (cache[0][layer], cache[1][layer])
+        kv = None if cache is None else tuple(part[layer] for part in cache)
         (x, kv), routing = one(of_layer, (x, kv), jnp.int32(layer), context)
         routings.append(routing)
         caches.append(kv)
@@ -373,21 +442,22 @@ def unstacked(params: Any) -> Any:
     compiles longer, so it is for decoding; the arrays are copies.
     """
 
-    def turned(w):
+    def turned(path, w):
         if isinstance(w, Quantized) and w.activations == "float" and w.whole:
             return replace(w, activations="int16")
         if isinstance(w, Weight):  # an adapter or another transform: what it stands on
-            return replace(w, base=turned(w.base)) if hasattr(w, "base") else w
-        return Transposed(jnp.swapaxes(w, -1, -2)) if isinstance(w, jax.Array) and w.ndim == 2 else w
+            return replace(w, base=turned(path, w.base)) if hasattr(w, "base") else w
+        is_matrix = isinstance(w, jax.Array) and w.ndim == 2 and "/prefix/" not in path
+        return Transposed(jnp.swapaxes(w, -1, -2)) if is_matrix else w
 
     def layer(i):
         of_layer = jax.tree.map(itemgetter(i), params["blocks"])
-        return jax.tree.map(turned, of_layer, is_leaf=lambda x: isinstance(x, Weight))
+        return tree.map_at(turned, of_layer, "*", is_leaf=lambda x: isinstance(x, Weight))
 
     n_layers = len(jax.tree.leaves(params["blocks"])[0])
-    head = {name: turned(w) for name, w in params.items() if name == "head"}
+    head = {name: turned(name, w) for name, w in params.items() if name == "head"}
     if isinstance(params["embed"], Weight):
-        head["embed"] = turned(params["embed"])
+        head["embed"] = turned("embed", params["embed"])
     return {**params, **head, "blocks": tuple(map(layer, range(n_layers)))}
 
 

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from lmx import values
 from lmx.nn.linear import Linear
 from lmx.nn.norm import Norm, NormConfig
-from lmx.ops.mask import Causal, Mask, SameSegment, SlidingWindow, Where
+from lmx.ops.mask import EVERY, Causal, Mask, SameOrEvery, SameSegment, SlidingWindow, Where
 from lmx.ops.position import NoPE, Position, RoPE
+from lmx.ops.rounding import codes, grid
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache=None, layer=None):
         """Returns (y [B, T, D], cache): the cache, k [B, K, H, S] and v [B, K, S, H] of this layer or of a stack of all
-        layers, comes back with the new tokens in their slots."""
+        layers, and where they are int8 codes a scale [B, K, 1, S] of each, comes back with the new tokens in their
+        slots.
+
+        prefix: {"k", "v"} [P, K H] beside the matrices of a layer, where the tree holds it, are keys and values that
+        every segment sees before its own, at positions -P to -1; they are read as a cache would hold them, turned.
+        """
         c = self.config
         B, T, D = x.shape
         H, N, K = c.width(D), c.n_heads, c.kv_heads
@@ -138,11 +144,18 @@ class Attention(nn.Module):
         kv_where = context.where
         if cache is not None:
             cache = self._written(cache, layer, context.slots, k, v)
-            kt, v = (stack if stack.ndim == 4 else stack[layer] for stack in cache)
+            kt, v, *scales = (stack if stack.ndim == 4 else stack[layer] for stack in cache)
+            if scales:
+                kt, v = kt.astype(jnp.float32), v.astype(jnp.float32)
+                kt, v = kt * scales[0], v * jnp.swapaxes(scales[1], 2, 3)
             k, v = (
                 y.astype(x.dtype).transpose(order) for y, order in ((kt, (0, 3, 1, 2)), (v, (0, 2, 1, 3)))
             )
             kv_where = context.kv_where
+        segments, prefix = SameSegment(), self.get_variable("params", "prefix")
+        if prefix is not None:
+            segments = SameOrEvery()
+            k, v, kv_where = _after(prefix, k, v, kv_where)
         bias = None
         if self.position.biased:
             bias = partial(self.position.bias, n_heads=N, w=context.position_weights)
@@ -155,7 +168,7 @@ class Attention(nn.Module):
                 v,
                 q_where=context.where,
                 k_where=kv_where,
-                mask=mask & SameSegment(),
+                mask=mask & segments,
                 bias=bias,
                 scale=c.scale,
                 softcap=c.softcap,
@@ -167,11 +180,15 @@ class Attention(nn.Module):
     def _written(self, cache, layer, slots, k, v):
         """Each lies as its product wants it, with H and with S before the last axis: a CPU would copy it otherwise."""
         rows, every = jnp.arange(k.shape[0])[:, None], slice(None)
-        kt, vs = cache
+        kt, vs, *scales = cache
         of_layer = () if kt.ndim == 4 else (layer,)
-        kt = kt.at[(*of_layer, rows, every, every, slots)].set(k.astype(kt.dtype), mode="drop")
+        at = (*of_layer, rows, every, every, slots)
+        if scales:
+            (k, k_scale), (v, v_scale) = rounded(k), rounded(v)
+            scales = [s.at[at].set(new, mode="drop") for s, new in zip(scales, (k_scale, v_scale))]
+        kt = kt.at[at].set(k.astype(kt.dtype), mode="drop")
         vs = vs.at[(*of_layer, rows, every, slots)].set(v.astype(vs.dtype), mode="drop")
-        return kt, vs
+        return kt, vs, *scales
 
     def _either(self, layer, f, *args):
         """f(local, *args), with the config's Local in local layers and None in the others."""
@@ -179,3 +196,31 @@ class Attention(nn.Module):
         if local is None:
             return f(None, *args)
         return jax.lax.cond(local.holds(layer), partial(f, local), partial(f, None), *args)
+
+
+def _after(prefix, k, v, where: Where):
+    """Keys, values and places of a layer, with those of its prefix in front."""
+    B, _, K, H = k.shape
+    P = prefix["k"].shape[0]
+
+    def join(learned, y):
+        if learned.shape != (P, K * H):
+            raise ValueError(f"a prefix has shape {learned.shape}, this model wants {(P, K * H)}")
+        learned = learned.reshape(1, P, K, H).astype(y.dtype)
+        return jnp.concatenate([jnp.broadcast_to(learned, (B, P, K, H)), y], 1)
+
+    before = jnp.broadcast_to(jnp.arange(-P, 0, dtype=jnp.int32)[None], (B, P))
+    places = Where(before, jnp.full_like(before, EVERY))
+    where = Where(*(jnp.concatenate(pair, 1) for pair in zip(places, where)))
+    return join(prefix["k"], k), join(prefix["v"], v), where
+
+
+def rounded(x: Float[Array, "B T K H"]) -> tuple[Int[Array, "B T K H"], Float[Array, "B T K 1"]]:
+    """(codes int8, scale float32) of new keys or values, x ~ codes scale within half a step of scale.
+
+    Each token and head has a scale of its own, so that a later token changes nothing that is kept.
+    """
+    x = x.astype(jnp.float32)
+    scale, _ = grid(x, 8, symmetric=True)
+    scale = scale[..., None]
+    return codes(x, jnp.broadcast_to(scale, x.shape), None, 8), scale

@@ -134,6 +134,19 @@ class SameSegment(Mask):
         return (mine == k.segment_ids[:, None, None, :]) & (mine != 0)
 
 
+EVERY = -1
+"""The segment of keys that belong to all segments: learned ones that stand before any text."""
+
+
+@dataclass(frozen=True)
+class SameOrEvery(Mask):
+    """As SameSegment, and keys of segment EVERY belong to every query that is not padding."""
+
+    def __call__(self, q: Where, k: Where) -> Bool[Array, "B 1 T S"]:
+        mine, theirs = q.segment_ids[:, None, :, None], k.segment_ids[:, None, None, :]
+        return ((mine == theirs) | (theirs == EVERY)) & (mine != 0)
+
+
 def sees_next(mask: Mask, where: Where) -> Bool[Array, "B T"]:
     """True where a token may attend to the position after its own, which holds what it is to predict."""
     here, following = (
