@@ -23,7 +23,6 @@ from lmx.run import Trained, trained
 from lmx.train import Load, session
 from lmx.train.standard import run as train
 
-KEY = jax.random.key(0)
 EMBED = Int8(where="embed|head")
 SEEN, JUDGED = 8, 8
 """Windows of text that GPTQ sees, and others by which all are judged."""
@@ -52,13 +51,13 @@ def _formats(tour: Tour, model: Trained, name: str) -> dict:
 
     def gptq(params):
         found = adapt.calibrate(layers(model.run.model), params, seen, Gptq(4, 64), batch_size=len(seen))
-        return EMBED(found.params, KEY)
+        return EMBED(found.params, jax.random.key(0))
 
     made = {
         "float32": lambda params: params,
-        "int8": lambda params: Int8(where=EVERY)(params, KEY),
+        "int8": lambda params: Int8(where=EVERY)(params, jax.random.key(0)),
         "GPTQ, 4 bits": gptq,
-        "GGUF Q4_K": lambda params: q4k(params, KEY),
+        "GGUF Q4_K": lambda params: q4k(params, jax.random.key(0)),
     }
     facts = {}
     for method, make in made.items():
@@ -99,7 +98,7 @@ def _adapter(tour: Tour) -> dict:
     model = trained(out)
     merged = tour.folder / f"merged-{tour.made_from[:8]}"
     family = pretrained.save(
-        merged, model.run.model, Merge()(model.params, KEY), context=model.run.data.seq_len
+        merged, model.run.model, Merge()(model.params, jax.random.key(0)), context=model.run.data.seq_len
     )
     model.tokenizer.save(merged)
     learned = tree.count(adapt.adapter(model.params))
