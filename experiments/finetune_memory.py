@@ -9,7 +9,7 @@ their numbers, and 4-bit codes most of the 4 that are left; activations stay, an
 Result of 22 November 2026 (jax 0.10.2), MiB on one device. SmolLM2's shape on a CPU, 8 x 512 tokens: parameters 513 in
 full, 532 with adapters of rank 16, 229 on int8, 184 on NF4; gradients 513 against 19; optimizer 1,026 against 37;
 activations and others 5,195 against 4,038. The 7b preset, 1 x 1024 tokens, on one TPU v5e chip of 16 GiB: it does not
-fit in full (25,609 + 25,609 + 51,218), nor by adapters on float32; it does on int8 (7,310 + 152 + 304 + 1,329) and on NF4
+fit in full (25,609 + 25,609 + 51,218), nor by adapters on float32; it does on int8 (7,310 + 152 + 304 + 1,329), on NF4
 (4,614 + 152 + 304 + 3,811).
 
 All figures are the compiled step's own (XLA's memory analysis) and the shapes of its state; nothing is trained.
