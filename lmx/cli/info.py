@@ -10,8 +10,11 @@ Nothing is trained or loaded; shapes are enough.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -73,13 +76,31 @@ def _machine() -> dict[str, str]:
 def _run(folder: Path) -> dict[str, str]:
     from lmx import run as runs
     from lmx.models import about
-    from lmx.train import checkpoint
+    from lmx.train import checkpoint, stored
 
     run = runs.load(folder / "run.txt")
     steps = checkpoint.steps(folder / checkpoint.FOLDER)
     rows = {"run": str(folder)} | about.shape(run.model, run.data.seq_len)
+    if steps:
+        described = stored.about(folder / checkpoint.FOLDER / str(max(steps)))["meta"].get("weights")
+        if leaves := Counter(_leaves(described)):
+            rows["weights"] = ", ".join(f"{n} {kind}" for kind, n in leaves.items())
     rows["tokenizer"] = f"{run.data.tokenizer}"
     batch = f"{run.data.batch_size} x {run.data.seq_len} tokens"
     rows["trained"] = f"{max(steps, default=0)} of {run.steps} steps of {batch}"
     rows["checkpoints"] = f"{steps}, best {checkpoint.best_step(folder / checkpoint.FOLDER)}"
     return rows
+
+
+def _leaves(described: Any) -> Iterator[str]:
+    """What `lmx.weights.describe` says of the leaves that are no plain arrays, each in words."""
+    if isinstance(described, list):
+        described = dict(enumerate(described))
+    if not isinstance(described, dict):
+        return
+    if isinstance(described.get("weight"), str):
+        bits = described["settings"].get("bits")
+        yield described["weight"] + (f" of {bits} bits" if bits else "")
+        described = described["arrays"]
+    for inner in described.values():
+        yield from _leaves(inner)

@@ -50,7 +50,8 @@ class Options:
     bits: float | None = None
     """Of each weight, 2 to 6 or 8; 4 if not given. For mixed the mean, such as 3.5."""
     group_size: int | None = None
-    """Inputs that share a scale; 64 for nf4 and w4a8, else 128, if not given; 0 gives one scale to each output."""
+    """Inputs that share a scale, 0 for all of an output. If not given, 128 (64 for nf4 and w4a8), or the largest half of
+    it that divides the inputs of every matrix, as formats of others want it."""
     symmetric: bool = True
     """Steps that are the same on both sides of zero; --no-symmetric gives each group a zero point."""
     act_order: bool = True
@@ -123,13 +124,11 @@ def _check(asked: Options) -> None:
         raise ValueError(f"{asked.out} is already there; name a new folder")
 
 
-def how(asked: Options, method: str) -> Any:
-    """The surgery, or the calibrated method, that a name means."""
+def how(asked: Options, method: str, size: int | None) -> Any:
+    """The surgery, or the calibrated method, that a name means; size: of groups."""
     from lmx import adapt
 
     bits = 4 if asked.bits is None else int(asked.bits)
-    default = 64 if method in ("nf4", "w4a8") else 128
-    size = default if asked.group_size is None else asked.group_size or None
     where = asked.where or adapt.LAYERS
     plain = adapt.Quantize(bits, size, asked.symmetric, where)
     gptq = adapt.Gptq(bits, size, asked.act_order, symmetric=asked.symmetric)
@@ -164,7 +163,7 @@ def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
     if asked.embed and asked.method != "bf16":
         whole = asked.method in ("w8a8", "w4a8", "smooth")
         params = (adapt.W8A8 if whole else adapt.Int8)(where="embed|head")(params, key)
-    size = 128 if asked.group_size is None else asked.group_size or None
+    size = _group_size(asked, params, where) if asked.group_size is None else asked.group_size or None
     if asked.method == "mixed":
         with Steps("sensitivity of layers") as progress:
             losses = adapt.sensitivity(
@@ -175,7 +174,7 @@ def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
         each = {b: adapt.Gptq(b, size, asked.act_order, symmetric=asked.symmetric) for b in chosen}
         method: Any = tuple(each[b] for b in chosen)
     else:
-        method = how(asked, asked.method)
+        method = how(asked, asked.method, size)
     facts |= {"how": repr(method)}
     if asked.method in UNSEEING:
         params = method(params, key)
@@ -193,6 +192,17 @@ def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
             "lost": lost,
         }
     return jax.block_until_ready(params), facts
+
+
+def _group_size(asked: Options, params, where: str) -> int:
+    from lmx.adapt.matrices import found
+    from lmx.weights import shape_of
+
+    size = 64 if asked.method in ("nf4", "w4a8") else 128
+    inputs = {shape_of(w)[-2] for path, w in found(params, where).items() if path != "embed"}
+    while size > 16 and any(d_in % size for d_in in inputs):
+        size //= 2
+    return size
 
 
 def _save(asked: Options, model, params, facts: dict, folder: Path) -> None:

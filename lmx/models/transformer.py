@@ -367,9 +367,9 @@ def build(
 def prefixed(config: TransformerConfig, params: Any) -> Any:
     """The parameters with what each layer makes of a learned `prompt` [P, D], keys and values, as its prefix.
 
-    They depend on no text that follows, so they are made once for all rows and segments. `apply` and `step` do so
-    themselves; whoever decodes many tokens does it before. The prompt stands at positions -P to -1: no scheme that adds
-    to embeddings adds to it, since what it would add can be learned.
+    Without a prompt they are as they were. No text that follows changes them, so one row serves all rows and segments.
+    `apply` and `step` do this themselves; whoever decodes many tokens does it before. The prompt stands at positions -P
+    to -1: no scheme that adds to embeddings adds to it, since what it would add can be learned.
     Raises: ValueError if there is a prefix already.
     """
     if "prompt" not in params:

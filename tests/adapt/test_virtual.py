@@ -12,7 +12,7 @@ import pytest
 from lmx import tree
 from lmx.adapt import Int4, Lora, Prefix, Prompt, chain
 from lmx.mesh import MeshConfig, shardings
-from lmx.models import RULES, TransformerConfig, build, layers, prefixed, unstacked
+from lmx.models import RULES, TransformerConfig, build, layers, prefixed, pretrained, unstacked
 from lmx.nn import AttentionConfig, MlpConfig
 from lmx.ops.mask import Causal, SlidingWindow
 from lmx.ops.position import ALiBi, Learned, RoPE
@@ -159,3 +159,44 @@ def test_mistakes_are_told_with_the_way_out():
         model.apply(wrong, {"tokens": TOKENS})
     both = chain(Lora(2), Prefix(2))(params, KEY)  # they stand beside each other
     assert tree.paths(tree.partition(both, "*/prefix/*|*/w/[ab]")[0])
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_peft_gives_these_logits_for_the_same_numbers(kind, tmp_path):
+    """PEFT's text stands after P positions and its prefix is not turned; ours lies P before the text: turned by -P."""
+    peft, torch, transformers = (pytest.importorskip(name) for name in ("peft", "torch", "transformers"))
+    P, L, H = 3, 2, 4
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=L,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    kinds = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
+    with torch.no_grad():
+        for x in theirs.parameters():
+            x.normal_(0, 0.3)
+        theirs.save_pretrained(tmp_path)
+        theirs = peft.get_peft_model(theirs, kinds[kind](task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
+        [learned] = [x for x in theirs.parameters() if x.requires_grad]
+        learned.normal_(0, 0.5)
+        want = theirs(torch.tensor(np.asarray(TOKENS))).logits.numpy()[:, -TOKENS.shape[1] :]
+    found, learned = pretrained.find(tmp_path), jnp.asarray(learned.detach().numpy())
+    params, position = pretrained.load(found), found.config.position
+    if kind == "prompt":
+        params = {**params, "prompt": learned}
+    else:
+        params = Prefix(P)(params, KEY)
+        each = learned.reshape(P, L, 2, -1, H)  # k and v of layer after layer, K heads of H
+        k = [position.rotate(each[None, :, i, 0], jnp.full((1, P), -P, jnp.int32)) for i in range(L)]
+        prefix = params["blocks"]["attn"]["prefix"]
+        prefix["k"] = jnp.stack(k).reshape(L, P, -1)
+        prefix["v"] = jnp.moveaxis(each[:, :, 1], 0, 1).reshape(L, P, -1)
+    got = build(found.config).apply(params, {"tokens": TOKENS}).logits
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -43,6 +43,7 @@ def test_a_quantized_run_is_a_run(run, four, lmx):
     near = np.abs(np.asarray(dense(q)) - np.asarray(trained(run[0]).params["blocks"]["attn"]["q"]["w"]))
     assert 0 < near.max() < 0.2
     assert lmx("generate", four, "नदी", "--max-tokens", "3").startswith("नदी")
+    assert "7 Quantized of 4 bits" in lmx("info", four)
     facts = json.loads((four / "quantization.json").read_text("utf-8"))
     assert facts["calibration tokens"] == 64 and len(facts["calibration hash"]) == 16
     assert set(facts["lost"]) == {
@@ -61,6 +62,9 @@ def test_methods_without_data_say_how_near_they_stay(run, lmx, tmp_path):
     loaded_then = Int8()(trained(run[0]).params, jax.random.key(0))
     assert jax.tree.structure(loaded_then) == jax.tree.structure(trained(tmp_path / "q8").params)
     jax.tree.map(np.testing.assert_array_equal, loaded_then, trained(tmp_path / "q8").params)
+    lmx("quantize", run[0], tmp_path / "four", "--method", "int4")
+    w = trained(tmp_path / "four").params["blocks"]["mlp"]["up"]["w"]
+    assert (w.bits, w.group_size) == (4, 32)  # of 32 inputs
     lmx("quantize", run[0], tmp_path / "all", "--method", "w8a8", "--embed")
     params = trained(tmp_path / "all").params
     assert isinstance(params["embed"].base, Quantized)
