@@ -50,7 +50,7 @@ class Options:
     bits: float | None = None
     """Of each weight, 2 to 6 or 8; 4 if not given. For mixed the mean, such as 3.5."""
     group_size: int | None = None
-    """Inputs that share a scale, 0 for all of an output. If not given, 128 (64 for nf4 and w4a8), or the largest half of
+    """Inputs that share a scale, 0 for all of an output. If not given, 128 (64 for nf4 and w4a8), or a half or less of
     it that divides the inputs of every matrix, as formats of others want it."""
     symmetric: bool = True
     """Steps that are the same on both sides of zero; --no-symmetric gives each group a zero point."""
