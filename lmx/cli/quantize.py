@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
         _frontier(asked, model)
         return
     with new_folder(asked.out) as folder:
-        seen = _windows(asked.calibration, model, asked.samples, asked.length) if asked.calibration else None
+        seen = windows(asked.calibration, model, asked.samples, asked.length) if asked.calibration else None
         began = time.monotonic()
         params, facts = made(asked, model, seen)
         facts |= {"seconds": time.monotonic() - began}
@@ -233,7 +233,7 @@ def _files(name: str) -> list[Path]:
     return [Path(name)] if Path(name).is_file() else []
 
 
-def _windows(name: str, model, n: int, length: int) -> np.ndarray:
+def windows(name: str, model, n: int, length: int) -> np.ndarray:
     """n windows of the tokens of a text, evenly spread over it, [n, length]; fewer if it is shorter."""
     import numpy as np
 
@@ -255,7 +255,7 @@ def _judged(asked: Options, model, params) -> dict:
     from lmx.evals import agreement
 
     text = asked.text or asked.calibration
-    found = agreement(model.model, model.params, params, _windows(text, model, asked.windows, asked.length))
+    found = agreement(model.model, model.params, params, windows(text, model, asked.windows, asked.length))
     return {
         "perplexity": found.perplexity,
         "ratio": found.ratio,
@@ -306,7 +306,7 @@ def _frontier(asked: Options, model) -> None:
     done = json.loads(file.read_text("utf-8")) if file.exists() else {"asked": said, "rows": {}}
     if done["asked"] != said:
         raise ValueError(f"{asked.out} holds the frontier of other settings; name another folder")
-    seen = _windows(asked.calibration, model, asked.samples, asked.length)
+    seen = windows(asked.calibration, model, asked.samples, asked.length)
     judge = replace(asked, embed=True)
     n = count(model.params)
     for name, (method, bits, order) in FRONTIER.items():
