@@ -2,9 +2,10 @@
 
     python scripts/bench_gptq.py SmolLM2-135M-Instruct.gguf --calibration a.txt --text b.txt --peer /path/to/python
 
-The peer's Python has gptqmodel; it is given the very tokens that lmx sees, and its folder is read back here without going
-through floats. All results are judged by the same code on the same windows: perplexity, KL to the original in nats per
-token, and the share of rounding's perplexity gap that is closed. The embedding stays as it is in all but the GGUF rows.
+The peer's Python has gptqmodel; it is given the very tokens that lmx sees, and its folder is read back here without
+going through floats. All results are judged by the same code on the same windows: perplexity, KL to the original in
+nats per token, and the share of rounding's perplexity gap that is closed. The embedding stays as it is in all but the
+GGUF rows.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ def work(job: dict) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
     settings = QuantizeConfig(
-        bits=job["bits"], group_size=job["group_size"], desc_act=job["act_order"], sym=True, format="gptq"
-    )
+        bits=job["bits"], group_size=job["group_size"], desc_act=job["act_order"], sym=True, format="gptq",
+        offload_to_disk=False, act_group_aware=False,
+    )  # fmt: skip
     model = GPTQModel.load(job["model"], settings, device="cpu")
     model.quantize(
         [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["tokens"]], batch_size=1
