@@ -166,14 +166,14 @@ def calibrate(
     """
     one = jax.jit(partial(_looked_at, layers.layer), static_argnames="stage")
     rest = {name: x for name, x in params.items() if name != "blocks"}
-    n_layers = _depth(params["blocks"])
+    n_layers = depth(params["blocks"])
     xs = [
         layers.enter(params, jnp.asarray(tokens[i : i + batch_size]))
         for i in range(0, len(tokens), batch_size)
     ]
     made, shares = [], {}
     for i in range(n_layers):
-        of_layer = _layer(params["blocks"], i)
+        of_layer = layer_of(params["blocks"], i)
         wanted = {p: w for p, w in _matrices(of_layer).items() if tree.matches(f"blocks/{p}", where)}
         if not wanted:
             raise ValueError(
@@ -276,11 +276,13 @@ def _gathered(one, rest, of_layer, i, xs, stage) -> dict[str, Inputs]:
     return total
 
 
-def _depth(blocks) -> int:
+def depth(blocks: Any) -> int:
+    """The number of layers, in a stack or a tuple."""
     return len(blocks) if isinstance(blocks, tuple) else len(jax.tree.leaves(blocks)[0])
 
 
-def _layer(blocks, i):
+def layer_of(blocks: Any, i: int) -> Any:
+    """The parameters of one layer, of a stack or a tuple."""
     return blocks[i] if isinstance(blocks, tuple) else jax.tree.map(lambda x: x[i], blocks)
 
 

@@ -1,7 +1,7 @@
 """Virtual tokens: a frozen model is told what to do by learned numbers that stand before every text.
 
-    run = Run(start=(Load("model"), Prompt(length=20)), trained="prompt", ...)
-    run = Run(start=(Load("model"), Prefix(length=20)), trained="*/prefix/*", ...)
+    run = Run(start=(Load("model"), Prompt(length=20)), trainable="prompt", ...)
+    run = Run(start=(Load("model"), Prefix(length=20)), trainable="*/prefix/*", ...)
 
 They stand at positions -P to -1, so a text keeps its positions, packed or not, and are seen where the mask lets a token
 there be seen: under a sliding window by the first tokens of a segment alone. P virtual tokens, D d_model, K H the
