@@ -19,9 +19,8 @@ beside the model it came from: perplexity, KL divergence, share of equal likelie
 from __future__ import annotations
 
 import json
-import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +36,6 @@ METHODS = (
 )  # fmt: skip
 UNSEEING = ("bf16", "fp8", "int8", "w8a8", "w4a8", "nf4", "int4")
 """Methods that need no calibration text."""
-RESULTS = "frontier.json"
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,14 @@ def main(argv: list[str]) -> None:
     _check(asked)
     from lmx.cli.folder import new_folder
     from lmx.run import trained
+    from lmx.tree import nbytes
 
     step = cli.step_of(asked.model, asked.step) if (asked.model / "run.txt").exists() else 0
     model = trained(asked.model, step, asked.ema)
     if asked.frontier:
-        _frontier(asked, model)
-        return
+        from lmx.cli import frontier
+
+        return frontier.compare(asked, model)
     with new_folder(asked.out) as folder:
         seen = windows(asked.calibration, model, asked.samples, asked.length) if asked.calibration else None
         began = time.monotonic()
@@ -98,11 +98,11 @@ def main(argv: list[str]) -> None:
         facts |= {"seconds": time.monotonic() - began}
         _save(asked, model, params, facts, folder)
         if asked.report:
-            found = _judged(asked, model, params)
+            found = judged(asked, model, params)
             (folder / "report.html").write_text(_page(asked, facts, found).html(), encoding="utf-8")
             for name, value in found.items():
                 print(f"{name:11} {value}")
-    small, large = (_bytes(x) for x in (params, model.params))
+    small, large = (nbytes(x) for x in (params, model.params))
     print(
         f"wrote {asked.out}: {small / 2**20:,.1f} MiB of weights, {large / small:.2f} times less than before"
     )
@@ -251,7 +251,7 @@ def windows(name: str, model, n: int, length: int) -> np.ndarray:
     return np.array(ids[: whole * length], np.int32).reshape(whole, length)[at]
 
 
-def _judged(asked: Options, model, params) -> dict:
+def judged(asked: Options, model, params) -> dict:
     from lmx.evals import agreement
 
     text = asked.text or asked.calibration
@@ -262,12 +262,6 @@ def _judged(asked: Options, model, params) -> dict:
         "kl": found.kl,
         "top1": found.top1,
     }
-
-
-def _bytes(params) -> int:
-    from lmx.tree import nbytes
-
-    return nbytes(params)
 
 
 def _page(asked: Options, facts: dict, found: dict):
@@ -290,145 +284,3 @@ def _page(asked: Options, facts: dict, found: dict):
         sections.append(Section("What each matrix loses", (Figure(svg, "on the calibration text"),)))
     told = {k: str(v) for k, v in facts.items() if k != "lost"}
     return Page(f"{asked.model.name} in {asked.method}", (*sections, Section("How", (KeyValues(told),))))
-
-
-def _frontier(asked: Options, model) -> None:
-    """Judges one method after the other, and writes the page anew after each."""
-    from lmx.tree import count
-
-    asked.out.mkdir(parents=True, exist_ok=True)
-    file = asked.out / RESULTS
-    said = {
-        k: str(v)
-        for k, v in asdict(asked).items()
-        if k not in ("out", "method", "report", "frontier", "bits")
-    }
-    done = json.loads(file.read_text("utf-8")) if file.exists() else {"asked": said, "rows": {}}
-    if done["asked"] != said:
-        raise ValueError(f"{asked.out} holds the frontier of other settings; name another folder")
-    seen = windows(asked.calibration, model, asked.samples, asked.length)
-    judge = replace(asked, embed=True)
-    n = count(model.params)
-    for name, (method, bits, order) in FRONTIER.items():
-        if name in done["rows"]:
-            continue
-        began = time.monotonic()
-        try:
-            params, stored = _variant(replace(judge, method=method, bits=bits, act_order=order), model, seen)
-        except ValueError as error:  # a method that this model's shapes rule out
-            done["rows"][name] = {"problem": str(error)}
-            continue
-        seconds = time.monotonic() - began
-        found = _judged(asked, model, params)
-        row = {k: asdict(v) for k, v in found.items()}
-        row |= {"bytes": stored, "bits": 8 * stored / n, "seconds": seconds}
-        row["speed"] = None if method[0] == "Q" else _speed(model, params)
-        done["rows"][name] = row
-        partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(file)
-        print(f"{name:24} {row['bits']:5.2f} bits  perplexity {found['perplexity']}  KL {found['kl']}")
-        (asked.out / "report.html").write_text(_frontier_page(asked, done).html(), encoding="utf-8")
-    print(f"wrote {asked.out / 'report.html'}")
-
-
-FRONTIER = {
-    "float32": ("float32", None, True),
-    "bf16": ("bf16", None, True),
-    "fp8": ("fp8", None, True),
-    "int8": ("int8", None, True),
-    "w8a8": ("w8a8", None, True),
-    "w8a8, smoothed": ("smooth", None, True),
-    "w4a8": ("w4a8", 4, True),
-    "nf4": ("nf4", None, True),
-    **{f"{bits}-bit rounded": ("int4", bits, True) for bits in (4, 3)},
-    **{f"{bits}-bit GPTQ": ("gptq", bits, False) for bits in (4, 3)},
-    **{f"{bits}-bit GPTQ, act-order": ("gptq", bits, True) for bits in (4, 3, 2)},
-    "4-bit AWQ": ("awq", 4, True),
-    "4-bit AWQ, GPTQ": ("awq-gptq", 4, True),
-    "3-bit rotated GPTQ": ("rotate-gptq", 3, True),
-    "mixed, 3.5 bits": ("mixed", 3.5, True),
-    **{
-        f"GGUF {kind}": (kind, None, True)
-        for kind in "Q8_0 Q6_K Q5_K Q5_1 Q5_0 Q4_K Q4_1 Q4_0 Q3_K Q2_K".split()
-    },
-}
-"""Name -> method, bits, act_order."""
-
-
-def _variant(asked: Options, model, seen) -> tuple[Any, int]:
-    """(parameters, the bytes in which they are stored)."""
-    import jax
-
-    from lmx.adapt import Gguf
-
-    if asked.method == "float32":
-        return model.params, _bytes(model.params)
-    if asked.method[0] == "Q":
-        file = Gguf(asked.method)
-        return file(model.params, jax.random.key(0)), file.nbytes(model.params)
-    params, _ = made(asked, model, seen)
-    return params, _bytes(params)
-
-
-def _speed(model, params, tokens: int = 32) -> float:
-    """Tokens per second that one row writes, when all is compiled."""
-    import jax
-    import numpy as np
-
-    from lmx.generate.rows import Decoder, Known
-    from lmx.generate.sampling import Sampling
-
-    fast = model._replace(params=params).for_decoding()
-    endless = model.tokenizer.without("eos_token").ending_with(())
-    decoder = Decoder(fast.model, fast.params, endless, Sampling(temperature=0, max_tokens=tokens + 1))
-    prompt = [list(range(16))]
-    times = []
-    for _ in range(4):  # the first compiles
-        rows = jax.block_until_ready(decoder.begin(prompt, [0], Known(), decoder.slots(prompt)))
-        began = time.perf_counter()
-        jax.block_until_ready(decoder.advance(rows, np.zeros(1, bool), tokens))
-        times.append(time.perf_counter() - began)
-    return tokens / sorted(times[1:])[1]
-
-
-def _frontier_page(asked: Options, done: dict):
-    from lmx.report import plots
-    from lmx.report.page import Figure, Page, Section, Text
-    from lmx.report.stats import Interval
-    from lmx.report.table import Table
-
-    rows = {name: row for name, row in done["rows"].items() if "problem" not in row}
-    of = {
-        name: {k: Interval(**v) for k, v in row.items() if isinstance(v, dict)} for name, row in rows.items()
-    }
-    table = Table(
-        ("method", "bits a weight", "MiB", "perplexity", "KL", "same top", "tokens/s", "seconds to make"),
-        tuple(
-            (name, row["bits"], row["bytes"] / 2**20, of[name]["perplexity"], of[name]["kl"], of[name]["top1"],
-             row["speed"], row["seconds"])
-            for name, row in rows.items()
-        ),
-        "Embedding and head are int8, but in float32, bf16 and GGUF. Intervals of 95 % over windows of text. GGUF rows "
-        "have the numbers of such a file, computed in float32, so that their speed is not told.",
-    )  # fmt: skip
-    families = {"GGUF": "GGUF", "GPTQ": "GPTQ", "AWQ": "AWQ", "mixed": "mixed"}
-    series: dict[str, list] = {}
-    for name, row in rows.items():
-        if row["bits"] < 12:
-            family = next((f for word, f in families.items() if word in name), "rounded")
-            series.setdefault(family, []).append((row["bits"], name))
-    figures = []
-    for measure, label in (("kl", "KL, nats per token"), ("perplexity", "perplexity")):
-        points = {f: [(b, of[name][measure]) for b, name in sorted(x)] for f, x in series.items()}
-        if any(points.values()):
-            svg = plots.lines_with_points(points, x_label="bits a weight", y_label=label, log_y=True)
-            figures.append(Figure(svg, f"{label}, against bits for each weight of the whole model"))
-    problems = [f"{name}: {row['problem']}" for name, row in done["rows"].items() if "problem" in row]
-    told = (Text("Left out. " + " ".join(problems), "quiet"),) if problems else ()
-    return Page(
-        f"{asked.model.name}: bits and what they keep",
-        (Section("Frontier", tuple(figures)), Section("Every method", (table, *told))),
-        f"calibrated on {asked.samples} windows of {asked.length} tokens of {asked.calibration}, judged on "
-        f"{asked.windows} of {asked.text or asked.calibration}",
-    )

@@ -80,17 +80,17 @@ def test_mixed_precision_keeps_layers_apart(run, lmx, tmp_path):
 
 
 def test_the_frontier_goes_on_where_it_was(run, lmx, refused, tmp_path, monkeypatch):
-    from lmx.cli import quantize
+    from lmx.cli import frontier
 
-    every = quantize.FRONTIER
+    every = frontier.FRONTIER
     some = {name: every[name] for name in ("float32", "int8", "GGUF Q4_0")}
-    monkeypatch.setattr(quantize, "FRONTIER", some)
+    monkeypatch.setattr(frontier, "FRONTIER", some)
     words = ("quantize", run[0], tmp_path / "f", "--frontier", "--calibration", "english.txt", *SMALL)
     assert lmx(*words).count("perplexity") == 3
     rows = json.loads((tmp_path / "f" / "frontier.json").read_text("utf-8"))["rows"]
     assert rows["float32"]["kl"]["value"] < 1e-6 < rows["GGUF Q4_0"]["kl"]["value"]
     assert rows["float32"]["bits"] == 32 and rows["int8"]["speed"] > 0
-    monkeypatch.setattr(quantize, "FRONTIER", some | {"nf4": every["nf4"]})
+    monkeypatch.setattr(frontier, "FRONTIER", some | {"nf4": every["nf4"]})
     assert lmx(*words).count("perplexity") == 1
     assert "other settings" in refused(*words, "--embed")
 

@@ -1,0 +1,148 @@
+"""`lmx quantize --frontier`: every method on one page, bits against what they keep, and kept as far as measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmx.adapt import Gguf
+from lmx.cli.quantize import Options, judged, made, windows
+from lmx.generate.rows import Decoder, Known
+from lmx.generate.sampling import Sampling
+from lmx.report import plots
+from lmx.report.page import Figure, Page, Section, Text
+from lmx.report.runs import read_json
+from lmx.report.stats import Interval
+from lmx.report.table import Table
+from lmx.tree import count, nbytes
+
+RESULTS = "frontier.json"
+FRONTIER = {
+    "float32": ("float32", None, True),
+    "bf16": ("bf16", None, True),
+    "fp8": ("fp8", None, True),
+    "int8": ("int8", None, True),
+    "w8a8": ("w8a8", None, True),
+    "w8a8, smoothed": ("smooth", None, True),
+    "w4a8": ("w4a8", 4, True),
+    "nf4": ("nf4", None, True),
+    **{f"{bits}-bit rounded": ("int4", bits, True) for bits in (4, 3)},
+    **{f"{bits}-bit GPTQ": ("gptq", bits, False) for bits in (4, 3)},
+    **{f"{bits}-bit GPTQ, act-order": ("gptq", bits, True) for bits in (4, 3, 2)},
+    "4-bit AWQ": ("awq", 4, True),
+    "4-bit AWQ, GPTQ": ("awq-gptq", 4, True),
+    "3-bit rotated GPTQ": ("rotate-gptq", 3, True),
+    "mixed, 3.5 bits": ("mixed", 3.5, True),
+    **{
+        f"GGUF {kind}": (kind, None, True)
+        for kind in "Q8_0 Q6_K Q5_K Q5_1 Q5_0 Q4_K Q4_1 Q4_0 Q3_K Q2_K".split()
+    },
+}
+"""Name -> method, bits, act_order."""
+
+
+def compare(asked: Options, model) -> None:
+    """Judges one method after the other, and writes the page anew after each."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    file = asked.out / RESULTS
+    said = {
+        k: str(v)
+        for k, v in asdict(asked).items()
+        if k not in ("out", "method", "report", "frontier", "bits")
+    }
+    done = read_json(file) or {"asked": said, "rows": {}}
+    if done.get("asked") != said or not isinstance(done.get("rows"), dict):
+        raise ValueError(f"{asked.out} holds the frontier of other settings; name another folder")
+    seen = windows(asked.calibration, model, asked.samples, asked.length)
+    judge = replace(asked, embed=True)
+    n = count(model.params)
+    for name, (method, bits, order) in FRONTIER.items():
+        if name in done["rows"]:
+            continue
+        began = time.monotonic()
+        try:
+            params, stored = _variant(replace(judge, method=method, bits=bits, act_order=order), model, seen)
+        except ValueError as error:  # a method that this model's shapes rule out
+            done["rows"][name] = {"problem": str(error)}
+            print(f"{name:24} left out: {error}")
+        else:
+            row = {"bytes": stored, "bits": 8 * stored / n, "seconds": time.monotonic() - began}
+            row |= {k: asdict(v) for k, v in judged(asked, model, params).items()}
+            row["speed"] = None if method[0] == "Q" else _speed(model, params)
+            done["rows"][name] = row
+            near = (Interval(**row[k]) for k in ("perplexity", "kl"))
+            print(f"{name:24} {row['bits']:5.2f} bits  " + "perplexity {}  KL {}".format(*near))
+        partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        partial.replace(file)
+        (asked.out / "report.html").write_text(_page(asked, done).html(), encoding="utf-8")
+    print(f"wrote {asked.out / 'report.html'}")
+
+
+def _variant(asked: Options, model, seen) -> tuple[Any, int]:
+    """(parameters, the bytes in which they are stored)."""
+    if asked.method == "float32":
+        return model.params, nbytes(model.params)
+    if asked.method[0] == "Q":
+        file = Gguf(asked.method)
+        return file(model.params, jax.random.key(0)), file.nbytes(model.params)
+    params, _ = made(asked, model, seen)
+    return params, nbytes(params)
+
+
+def _speed(model, params, tokens: int = 32) -> float:
+    """Tokens per second that one row writes, when all is compiled."""
+    fast = model._replace(params=params).for_decoding()
+    endless = model.tokenizer.without("eos_token").ending_with(())
+    decoder = Decoder(fast.model, fast.params, endless, Sampling(temperature=0, max_tokens=tokens + 1))
+    prompt = [list(range(16))]
+    times = []
+    for _ in range(4):  # the first compiles
+        rows = jax.block_until_ready(decoder.begin(prompt, [0], Known(), decoder.slots(prompt)))
+        began = time.perf_counter()
+        jax.block_until_ready(decoder.advance(rows, np.zeros(1, bool), tokens))
+        times.append(time.perf_counter() - began)
+    return tokens / sorted(times[1:])[1]
+
+
+def _page(asked: Options, done: dict):
+    rows = {name: row for name, row in done["rows"].items() if "problem" not in row}
+    of = {
+        name: {k: Interval(**v) for k, v in row.items() if isinstance(v, dict)} for name, row in rows.items()
+    }
+    table = Table(
+        ("method", "bits a weight", "MiB", "perplexity", "KL", "same top", "tokens/s", "seconds to make"),
+        tuple(
+            (name, row["bits"], row["bytes"] / 2**20, of[name]["perplexity"], of[name]["kl"], of[name]["top1"],
+             row["speed"], row["seconds"])
+            for name, row in rows.items()
+        ),
+        "Embedding and head are int8, but in float32, bf16 and GGUF. Intervals of 95 % over windows of text. GGUF rows "
+        "have the numbers of such a file, computed in float32, so that their speed is not told.",
+    )  # fmt: skip
+    families = {"GGUF": "GGUF", "GPTQ": "GPTQ", "AWQ": "AWQ", "mixed": "mixed"}
+    series: dict[str, list] = {}
+    for name, row in rows.items():
+        if row["bits"] < 12:
+            family = next((f for word, f in families.items() if word in name), "rounded")
+            series.setdefault(family, []).append((row["bits"], name))
+    figures = []
+    for measure, label in (("kl", "KL, nats per token"), ("perplexity", "perplexity")):
+        points = {f: [(b, of[name][measure]) for b, name in sorted(x)] for f, x in series.items()}
+        if any(points.values()):
+            svg = plots.lines_with_points(points, x_label="bits a weight", y_label=label, log_y=True)
+            figures.append(Figure(svg, f"{label}, against bits for each weight of the whole model"))
+    problems = [f"{name}: {row['problem']}" for name, row in done["rows"].items() if "problem" in row]
+    told = (Text("Left out. " + " ".join(problems), "quiet"),) if problems else ()
+    return Page(
+        f"{asked.model.name}: bits and what they keep",
+        (Section("Frontier", tuple(figures)), Section("Every method", (table, *told))),
+        f"calibrated on {asked.samples} windows of {asked.length} tokens of {asked.calibration}, judged on "
+        f"{asked.windows} of {asked.text or asked.calibration}",
+    )
