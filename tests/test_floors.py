@@ -153,6 +153,12 @@ print(sorted(heavy & set(sys.modules)), backends_are_initialized())
     assert done.stdout.strip() == "[] False"
 
 
+def test_every_part_can_be_had_by_its_name():
+    parts = {p.stem for p in ROOT.iterdir() if not p.name.startswith("_")}
+    assert parts == set(lmx._PARTS)
+    assert lmx.adapt.chain is lmx.weights.surgery.chain
+
+
 def test_an_unknown_part_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         lmx.trian  # noqa: B018
