@@ -44,16 +44,18 @@ class Options:
     """A run's folder, a Hugging Face folder or a .gguf file."""
     out: tyro.conf.Positional[Path]
     """The folder to make."""
-    method: Literal[METHODS] = "int8"  # type: ignore[valid-type]
+    method: Literal[METHODS] = "int8"
+    """As listed above."""
     bits: float | None = None
     """Of each weight, 2 to 6 or 8; 4 if not given. For mixed the mean, such as 3.5."""
     group_size: int | None = None
     """Inputs that share a scale, 0 for all of an output. If not given, 128 (64 for nf4 and w4a8), or a half or less of
     it that divides the inputs of every matrix, as formats of others want it."""
-    symmetric: bool = True
-    """Steps that are the same on both sides of zero; --no-symmetric gives each group a zero point."""
+    affine: bool = False
+    """A zero point for each group, instead of steps that are the same on both sides of zero."""
     act_order: bool = True
-    """GPTQ in the order of falling inputs: better, and a gather at each use."""
+    """With --no-act-order GPTQ takes inputs as they come, not by falling size: worse, but without a gather at each
+    use."""
     embed: bool = False
     """Embedding and head in int8 too."""
     where: str | None = None
@@ -130,13 +132,13 @@ def how(asked: Options, method: str, size: int | None) -> Any:
 
     bits = 4 if asked.bits is None else int(asked.bits)
     where = asked.where or adapt.LAYERS
-    plain = adapt.Quantize(bits, size, asked.symmetric, where)
-    gptq = adapt.Gptq(bits, size, asked.act_order, symmetric=asked.symmetric)
+    plain = adapt.Quantize(bits, size, not asked.affine, where)
+    gptq = adapt.Gptq(bits, size, asked.act_order, symmetric=not asked.affine)
     found = {
         "bf16": lambda: adapt.Cast(),
         "fp8": lambda: adapt.Fp8(where=where),
-        "int8": lambda: adapt.Int8(symmetric=asked.symmetric, where=where),
-        "w8a8": lambda: adapt.W8A8(symmetric=asked.symmetric, where=where),
+        "int8": lambda: adapt.Int8(symmetric=not asked.affine, where=where),
+        "w8a8": lambda: adapt.W8A8(symmetric=not asked.affine, where=where),
         "w4a8": lambda: adapt.W4A8(group_size=size, where=where),
         "nf4": lambda: adapt.Nf4(size or 64, where),
         "int4": lambda: plain,
@@ -171,7 +173,7 @@ def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
             )
         chosen = adapt.spend(losses, 4.0 if asked.bits is None else asked.bits)
         facts |= {"bits of each layer": " ".join(map(str, chosen))}
-        each = {b: adapt.Gptq(b, size, asked.act_order, symmetric=asked.symmetric) for b in chosen}
+        each = {b: adapt.Gptq(b, size, asked.act_order, symmetric=not asked.affine) for b in chosen}
         method: Any = tuple(each[b] for b in chosen)
     else:
         method = how(asked, asked.method, size)
