@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -60,9 +61,12 @@ def smollm2() -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """jax keeps every compiled program, each takes memory mappings, and Linux aborts a process at 65,530 of them."""
+    """jax keeps every compiled program; each takes memory, and mappings of which Linux grants a process 65,530."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 5_000:
+    maps, status = Path("/proc/self/maps"), Path("/proc/self/status")
+    if not maps.exists():
+        return
+    resident = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
+    if maps.read_bytes().count(b"\n") > 5_000 or (resident and int(resident[1]) > 2_000_000):
         jax.clear_caches()
         gc.collect()
