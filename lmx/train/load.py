@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lmx import artifact
 from lmx.mesh import shardings
 from lmx.models import RULES, pretrained
 from lmx.train import stored
@@ -78,6 +79,20 @@ class Load(Surgery):
         if pretrained.is_released(path):
             return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         return [find_step(path.absolute(), self.step)]
+
+    def check_unchanged(self, checkpoint: Path) -> None:
+        """That it reads what it read when `checkpoint` was trained on it, of which only what learned is saved.
+
+        Raises: ValueError if it does not, as when "latest" is another step by now.
+        """
+        known = artifact.read(checkpoint)
+        hashes = {x.hash for x in known.made_from} if known else set()
+        for path in self.files():
+            if artifact.find(path).hash not in hashes:
+                raise ValueError(
+                    f"{path} is not what {checkpoint} was trained on, which holds what was trained alone; bring the "
+                    "old one back, or name its step in run.txt: Load(..., step=NUMBER)"
+                )
 
 
 def _stored(folder: Path) -> Any:
