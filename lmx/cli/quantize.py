@@ -37,7 +37,16 @@ METHODS = (
 )  # fmt: skip
 UNSEEING = ("bf16", "fp8", "int8", "w8a8", "w4a8", "nf4", "int4")
 """Methods that need no calibration text."""
+GRIDS = ("int4", "gptq", "awq", "awq-gptq", "rotate-gptq", "mixed")
+HEARD = {
+    "bits": GRIDS,
+    "group_size": (*GRIDS, "nf4", "w4a8"),
+    "symmetric": (*GRIDS, "int8", "w8a8"),
+    "act_order": tuple(m for m in GRIDS if m not in ("int4", "awq")),
+}
+"""Option -> the methods that it changes."""
 RESULTS = "frontier.json"
+ROW = {"perplexity", "ratio", "kl", "top1", "bytes", "bits", "seconds", "speed"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,19 @@ def _check(asked: Options) -> None:
         raise ValueError("--frontier tries methods that look at inputs; give them a text: --calibration FILE")
     if asked.report and asked.text is None and asked.calibration is None:
         raise ValueError("--report judges the result on a text; give one: --text FILE")
+    if asked.frontier and asked.bits is not None:
+        raise ValueError(f"--bits {asked.bits} says nothing to --frontier, which tries its own")
+    for name, methods in HEARD.items():
+        given = getattr(asked, name)
+        if given != getattr(Options, name) and asked.method not in methods and not asked.frontier:
+            option = ("no-" if given is False else "") + name.replace("_", "-")
+            raise ValueError(
+                f"--{option} says nothing to --method {asked.method}; it is for {', '.join(methods)}"
+            )
+    if asked.bits is not None and not 2 <= asked.bits <= 8:
+        raise ValueError(f"--bits {asked.bits}; use 2, 3, 4, 5, 6 or 8, or for --method mixed a mean of them")
+    if asked.method == "nf4" and asked.group_size == 0:
+        raise ValueError("--group-size 0: nf4 has groups; use 2 or more")
     if asked.method != "mixed" and asked.bits is not None and asked.bits != int(asked.bits):
         raise ValueError(f"--bits {asked.bits} is no whole number; only --method mixed spends parts of bits")
     for name in ("samples", "windows", "length"):
@@ -298,14 +320,7 @@ def _frontier(asked: Options, model) -> None:
 
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / RESULTS
-    said = {
-        k: str(v)
-        for k, v in asdict(asked).items()
-        if k not in ("out", "method", "report", "frontier", "bits")
-    }
-    done = json.loads(file.read_text("utf-8")) if file.exists() else {"asked": said, "rows": {}}
-    if done["asked"] != said:
-        raise ValueError(f"{asked.out} holds the frontier of other settings; name another folder")
+    done = _earlier(file, asked)
     seen = windows(asked.calibration, model, asked.samples, asked.length)
     judge = replace(asked, embed=True)
     n = count(model.params)
@@ -330,6 +345,29 @@ def _frontier(asked: Options, model) -> None:
         print(f"{name:24} {row['bits']:5.2f} bits  perplexity {found['perplexity']}  KL {found['kl']}")
         (asked.out / "report.html").write_text(_frontier_page(asked, done).html(), encoding="utf-8")
     print(f"wrote {asked.out / 'report.html'}")
+
+
+def _earlier(file: Path, asked: Options) -> dict:
+    """What a frontier's file holds, or of a new one: {"asked": settings, "rows": {name: figures or a problem}}.
+
+    Raises: ValueError if it is damaged, or of other settings.
+    """
+    left = ("out", "method", "report", "frontier", "bits")
+    said = {k: str(v) for k, v in asdict(asked).items() if k not in left}
+    if (asked.model / "run.txt").exists():  # "latest" may be another one by now
+        said["step"] = str(cli.step_of(asked.model, asked.step))
+    if not file.exists():
+        return {"asked": said, "rows": {}}
+    try:
+        done = json.loads(file.read_text("utf-8"))
+        same = done["asked"] == said
+        if not all("problem" in row or set(row) >= ROW for row in done["rows"].values()):
+            raise KeyError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{file} is damaged; delete it, or name another folder") from None
+    if not same:
+        raise ValueError(f"{file.parent} holds the frontier of other settings; name another folder")
+    return done
 
 
 FRONTIER = {
