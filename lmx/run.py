@@ -20,7 +20,7 @@ from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
 from lmx.models import Model, TransformerConfig, build, prefixed, pretrained, unstacked
 from lmx.optim import AdamW, Schedule, Update
-from lmx.train.checkpoint import load_params
+from lmx.train.checkpoint import find_step, load_params
 from lmx.train.metrics import NAMES
 from lmx.train.program import loaded_first, rest_of
 from lmx.train.step import Enrich
@@ -200,6 +200,7 @@ def _params(folder: Path, run: Run, model: Model, step: int | str, ema: bool) ->
     load = loaded_first(run.start)
     if load is None or run.trainable == "*":
         return load_params(folder, None, step, ema)
+    load.check_unchanged(find_step(folder.absolute(), step))
     base = load.read(jax.eval_shape(model.init, jax.random.key(0)))
     key = jax.random.fold_in(jax.random.key(np.uint32(run.seed)), 1)
     trainable, frozen = tree.partition(jax.jit(rest_of(run.start))(base, key), run.trainable)

@@ -71,7 +71,7 @@ class Dora(Lora):
 
     def on(self, w, rank, key):
         low = super().on(w, rank, key)
-        length = jnp.linalg.norm(dense(w), axis=-2, keepdims=True)
+        length = jnp.linalg.norm(dense(w).astype(jnp.float32), axis=-2, keepdims=True)
         return weights.Dora(w, low.a, low.b, length, self.alpha, self.stabilised)
 
 
@@ -83,7 +83,7 @@ class Pissa(Lora):
     """
 
     def on(self, w, rank, key):
-        w = dense(w)
+        w = dense(w).astype(jnp.float32)
         a, b = factors(w, rank)
         low = LowRank(w, a, b, self.alpha, self.stabilised)
         low = replace(low, a=a / low.scale)
@@ -101,7 +101,7 @@ class LoftQ(Lora):
     rounds: int = 5
 
     def on(self, w, rank, key):
-        w = dense(w)
+        w = dense(w).astype(jnp.float32)
         low = LowRank(w, *factors(jnp.zeros_like(w), rank), self.alpha, self.stabilised)
         for _ in range(self.rounds):
             base = self.to.of(w - low.a @ low.b * low.scale)

@@ -73,6 +73,10 @@ class Quantize(Surgery):
                 f"{type(self).__name__}: group_size={self.group_size} does not divide {w.shape[-2]} inputs; with "
                 "rounded activations it must"
             )
+        if self.activations == "int8" and self.bits == 4 and w.shape[-2] % 8:
+            raise ValueError(
+                f"{type(self).__name__}: {w.shape[-2]} inputs are no multiple of 8, as products of 4-bit codes want"
+            )
         return quantize(
             w,
             self.bits,

@@ -196,7 +196,10 @@ def _release(asked: Options, folder: Path) -> Family:
 def release(
     folder: Path, model: Trained, beside: Mapping[str, str], dtype: str | None, layout: str | None = None
 ) -> Family:
-    """Writes a model as transformers reads it. beside: files that came with it, name -> text."""
+    """Writes a model as transformers reads it, adapters merged. beside: files that came with it, name -> text."""
+    import jax
+
+    from lmx.adapt import Merge
     from lmx.models import pretrained
 
     if "config.json" in beside:
@@ -204,8 +207,9 @@ def release(
     else:
         like = {f"{x}_token_id": getattr(model.tokenizer, f"{x}_id") for x in ("bos", "eos", "pad")}
         context = model.run.data.seq_len
+    params = Merge()(model.params, jax.random.key(0))
     family = pretrained.save(
-        folder, model.run.model, model.params, like=like, context=context, dtype=dtype, layout=layout
+        folder, model.run.model, params, like=like, context=context, dtype=dtype, layout=layout
     )
     model.tokenizer.save(folder)
     for name, text in beside.items():

@@ -6,23 +6,25 @@ import json
 import os
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from lmx import cli
 from lmx.adapt import Gguf
 from lmx.cli.quantize import Options, judged, made, windows
 from lmx.generate.rows import Decoder, Known
 from lmx.generate.sampling import Sampling
 from lmx.report import plots
 from lmx.report.page import Figure, Page, Section, Text
-from lmx.report.runs import read_json
 from lmx.report.stats import Interval
 from lmx.report.table import Table
 from lmx.tree import count, nbytes
 
 RESULTS = "frontier.json"
+ROW = {"perplexity", "ratio", "kl", "top1", "bytes", "bits", "seconds", "speed"}
 FRONTIER = {
     "float32": ("float32", None, True),
     "bf16": ("bf16", None, True),
@@ -51,14 +53,7 @@ def compare(asked: Options, model) -> None:
     """Judges one method after the other, and writes the page anew after each."""
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / RESULTS
-    said = {
-        k: str(v)
-        for k, v in asdict(asked).items()
-        if k not in ("out", "method", "report", "frontier", "bits")
-    }
-    done = read_json(file) or {"asked": said, "rows": {}}
-    if done.get("asked") != said or not isinstance(done.get("rows"), dict):
-        raise ValueError(f"{asked.out} holds the frontier of other settings; name another folder")
+    done = _earlier(file, asked)
     seen = windows(asked.calibration, model, asked.samples, asked.length)
     judge = replace(asked, embed=True)
     n = count(model.params)
@@ -83,6 +78,29 @@ def compare(asked: Options, model) -> None:
         partial.replace(file)
         (asked.out / "report.html").write_text(_page(asked, done).html(), encoding="utf-8")
     print(f"wrote {asked.out / 'report.html'}")
+
+
+def _earlier(file: Path, asked: Options) -> dict:
+    """What a frontier's file holds, or of a new one: {"asked": settings, "rows": {name: figures or a problem}}.
+
+    Raises: ValueError if it is damaged, or of other settings.
+    """
+    left = ("out", "method", "report", "frontier", "bits")
+    said = {k: str(v) for k, v in asdict(asked).items() if k not in left}
+    if (asked.model / "run.txt").exists():  # "latest" may be another one by now
+        said["step"] = str(cli.step_of(asked.model, asked.step))
+    if not file.exists():
+        return {"asked": said, "rows": {}}
+    try:
+        done = json.loads(file.read_text("utf-8"))
+        same = done["asked"] == said
+        if not all("problem" in row or set(row) >= ROW for row in done["rows"].values()):
+            raise KeyError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{file} is damaged; delete it, or name another folder") from None
+    if not same:
+        raise ValueError(f"{file.parent} holds the frontier of other settings; name another folder")
+    return done
 
 
 def _variant(asked: Options, model, seen) -> tuple[Any, int]:

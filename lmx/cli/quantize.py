@@ -36,6 +36,14 @@ METHODS = (
 )  # fmt: skip
 UNSEEING = ("bf16", "fp8", "int8", "w8a8", "w4a8", "nf4", "int4")
 """Methods that need no calibration text."""
+GRIDS = ("int4", "gptq", "awq", "awq-gptq", "rotate-gptq", "mixed")
+HEARD = {
+    "bits": GRIDS,
+    "group_size": (*GRIDS, "nf4", "w4a8"),
+    "affine": (*GRIDS, "int8", "w8a8"),
+    "act_order": tuple(m for m in GRIDS if m not in ("int4", "awq")),
+}
+"""Option -> the methods that it changes."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,19 @@ def _check(asked: Options) -> None:
         raise ValueError("--frontier tries methods that look at inputs; give them a text: --calibration FILE")
     if asked.report and asked.text is None and asked.calibration is None:
         raise ValueError("--report judges the result on a text; give one: --text FILE")
+    if asked.frontier and asked.bits is not None:
+        raise ValueError(f"--bits {asked.bits} says nothing to --frontier, which tries its own")
+    for name, methods in HEARD.items():
+        given = getattr(asked, name)
+        if given != getattr(Options, name) and asked.method not in methods and not asked.frontier:
+            option = ("no-" if given is False else "") + name.replace("_", "-")
+            raise ValueError(
+                f"--{option} says nothing to --method {asked.method}; it is for {', '.join(methods)}"
+            )
+    if asked.bits is not None and not 2 <= asked.bits <= 8:
+        raise ValueError(f"--bits {asked.bits}; use 2, 3, 4, 5, 6 or 8, or for --method mixed a mean of them")
+    if asked.method == "nf4" and asked.group_size == 0:
+        raise ValueError("--group-size 0: nf4 has groups; use 2 or more")
     if asked.method != "mixed" and asked.bits is not None and asked.bits != int(asked.bits):
         raise ValueError(f"--bits {asked.bits} is no whole number; only --method mixed spends parts of bits")
     for name in ("samples", "windows", "length"):

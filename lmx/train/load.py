@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lmx import artifact
 from lmx.mesh import shardings
 from lmx.models import RULES, pretrained
 from lmx.train import stored
@@ -54,7 +55,7 @@ class Load(Surgery):
         else:
             there = _stored(find_step(path.absolute(), self.step))
         plain = jax.eval_shape(
-            lambda: jax.tree.map(dense, _zeros(there), is_leaf=lambda w: isinstance(w, Weight))
+            lambda: jax.tree.map(_float32, _zeros(there), is_leaf=lambda w: isinstance(w, Weight))
         )
         stored.check_same(
             {p: (str(x.dtype), x.shape) for p, x in stored.leaves(plain).items()}, stored.leaves(like), path
@@ -79,6 +80,20 @@ class Load(Surgery):
             return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         return [find_step(path.absolute(), self.step)]
 
+    def check_unchanged(self, checkpoint: Path) -> None:
+        """That it reads what it read when `checkpoint` was trained on it, of which only what learned is saved.
+
+        Raises: ValueError if it does not, as when "latest" is another step by now.
+        """
+        known = artifact.read(checkpoint)
+        hashes = {x.hash for x in known.made_from} if known else set()
+        for path in self.files():
+            if artifact.find(path).hash not in hashes:
+                raise ValueError(
+                    f"{path} is not what {checkpoint} was trained on, which holds what was trained alone; bring the "
+                    "old one back, or name its step in run.txt: Load(..., step=NUMBER)"
+                )
+
 
 def _stored(folder: Path) -> Any:
     """The parameters in a checkpoint, as ShapeDtypeStruct."""
@@ -97,6 +112,10 @@ def _stored(folder: Path) -> Any:
         raise ValueError(
             f"{folder} holds what was trained alone, without {missing}; merge it first: lmx convert RUN FOLDER"
         ) from None
+
+
+def _float32(w: Any) -> Any:
+    return dense(w).astype("float32")
 
 
 def _zeros(shapes: Any) -> Any:

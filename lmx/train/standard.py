@@ -177,7 +177,10 @@ def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State
     if checkpoints.latest() is None:
         _check_free(session, out)
         return session.init(), 0
-    like = session.init() if loaded_first(session.run.start) else session.program.shapes
+    load = loaded_first(session.run.start)
+    if load:
+        load.check_unchanged(out / FOLDER / str(checkpoints.latest()))
+    like = session.init() if load else session.program.shapes
     state, meta = checkpoints.restore(like)
     _check_same(session, int(state.step), meta, out)
     return state, int(state.step)

@@ -93,7 +93,7 @@ class Dora(Weight):
 
     def _gain(self) -> Float[Array, "*L 1 d_out"]:
         norm = jnp.linalg.norm(jax.lax.stop_gradient(self.direction.dense()), axis=-2, keepdims=True)
-        return self.magnitude / norm
+        return self.magnitude / jnp.where(norm == 0, 1.0, norm)  # of a column of zeros, as pruning leaves
 
 
 @leaf

@@ -289,3 +289,23 @@ def test_the_dtype_of_plain_arrays_changes_and_nothing_else():
     assert params["embed"].dtype == jnp.bfloat16 and params["norm"]["scale"].dtype == jnp.float32
     close(logits(params), logits(fresh()), 0.2)
     assert CONFIG.dtype == "float32" == logits(params).dtype
+
+
+@pytest.mark.parametrize("d_in", [36, 44])
+def test_four_bits_whose_inputs_are_no_multiple_of_8_have_no_whole_number_products(d_in):
+    with pytest.raises(ValueError, match=f"{d_in} inputs are no multiple of 8"):
+        adapt.W4A8(group_size=d_in).of(jnp.ones((d_in, 8)))
+
+
+def test_dora_on_a_column_of_zeros_is_finite():
+    w = jax.random.normal(KEY, (16, 8)).at[:, 3].set(0.0)
+    found = Dora(4).on(w, 4, KEY)
+    np.testing.assert_allclose(found.dense(), w, atol=1e-6)
+
+
+@pytest.mark.parametrize("surgery", [Pissa(4), LoftQ(4)])
+def test_adapters_of_bfloat16_matrices_are_computed_in_float32(surgery):
+    w = jax.random.normal(KEY, (32, 24), "bfloat16")
+    found = surgery.on(w, 4, KEY)
+    expected = np.asarray(surgery.on(w.astype("float32"), 4, KEY).dense())
+    np.testing.assert_allclose(found.dense(), expected, atol=1e-4)

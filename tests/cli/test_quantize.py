@@ -150,6 +150,11 @@ def base():
         ),
         (("--where", "layers/*"), "fits no matrix"),
         (("--method", "w4a8", "--group-size", "20"), "does not divide 32 inputs"),
+        (("--bits", "3"), "--bits says nothing to --method int8; it is for int4, gptq"),
+        (("--method", "w4a8", "--affine"), "--affine says nothing to --method w4a8"),
+        (("--method", "nf4", "--group-size", "0"), "use 2 or more"),
+        (("--method", "mixed", "--bits", "inf", "--calibration", "hindi.txt"), "--bits inf; use 2"),
+        (("--method", "mixed", "--bits", "nan", "--calibration", "hindi.txt"), "--bits nan; use 2"),
     ],
 )
 def test_mistakes_are_told_in_one_line_and_leave_nothing(run, refused, tmp_path, words, said):
@@ -162,3 +167,36 @@ def test_a_folder_that_is_there_is_kept(run, refused, tmp_path):
     (tmp_path / "out" / "notes").write_text("mine")
     assert "is already there" in refused("quantize", run[0], tmp_path / "out")
     assert jax.tree.leaves(trained(run[0]).params)
+
+
+def test_what_an_adapter_was_trained_on_may_not_change(run, lmx, refused, tmp_path):
+    """The base was at step 10; without that step its latest is 5, which has the same shapes."""
+    base, out, file = tmp_path / "base", tmp_path / "run", tmp_path / "lora.py"
+    shutil.copytree(run[0], base)
+    file.write_text(
+        f'''"""An adapter."""
+from dataclasses import replace
+from lmx import run
+from lmx.adapt import Lora
+from lmx.train import Load
+
+def base():
+    there = run.load({str(base / "run.txt")!r})
+    return replace(there, start=(Load({str(base)!r}), Lora(4)), trainable="*/w/[ab]", steps=2, save_every=1)
+''',
+        encoding="utf-8",
+    )
+    lmx("train", file, "--out", out)
+    lmx("train", file, "--out", out)
+    shutil.rmtree(base / "checkpoints" / "10")
+    said = "is not what"
+    assert said in refused("generate", out, "नदी")
+    shutil.rmtree(out / "checkpoints" / "2")
+    assert said in refused("train", file, "--out", out)
+
+
+@pytest.mark.parametrize("text", ['{"asked": ', "[]", '{"rows": {}}'])
+def test_a_damaged_frontier_is_told(run, refused, tmp_path, text):
+    (tmp_path / "frontier.json").write_text(text)
+    words = ("quantize", run[0], tmp_path, "--frontier", "--calibration", "english.txt", *SMALL)
+    assert "frontier.json is damaged" in refused(*words)
