@@ -72,8 +72,8 @@ def _take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
         if facts is None:
             start = time.monotonic()
             facts = chapter.run(tour)
-            facts["seconds"] = round(time.monotonic() - start, 1)
             if "skipped" not in facts:
+                facts["seconds"] = round(time.monotonic() - start, 1)
                 kept = {"made_from": tour.made_from, "facts": facts}
                 _write(file, json.dumps(kept, indent=1, ensure_ascii=False))
         tour.facts[chapter.name] = facts

@@ -39,7 +39,7 @@ class Quantized(Weight):
     order: input number order[p] lies at place p (GPTQ's act-order); None where they lie as they come.
     input_scale: [1], of calibrated activations; None measures each row's largest input.
     activations: "float"; or, for products of whole numbers where they are `whole`, "int8", which rounds each row of the
-    inputs to 255 steps (W8A8), or "int16", to 65,025, which is as good as float32 and takes two products.
+    inputs to 255 steps (W8A8), or "int16", to 65,025, which takes two products.
     """
 
     q: Part = over("out", "in")

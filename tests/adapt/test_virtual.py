@@ -103,7 +103,7 @@ def test_it_goes_with_a_cache_of_codes_a_mesh_and_quantized_matrices(surgery):
     params = chain(Int4(group_size=16), surgery)(params, KEY)
     want = model.apply(params, {"tokens": TOKENS}).logits
     close(walk(model, params, TOKENS, [5, 1, 6]), want)
-    close(walk(model, unstacked(params), TOKENS, [5, 1, 6]), want)
+    close(walk(model, unstacked(params), TOKENS, [5, 1, 6]), want, 2e-3)  # codes by inputs of 16 bits
     small = walk(build(model.config, cache="int8"), params, TOKENS, [5, 1, 6])
     assert 1e-4 < np.linalg.norm(small - want) / np.linalg.norm(want) < 0.03
     mesh = MeshConfig(2, 2, 2).build()
