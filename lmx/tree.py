@@ -57,6 +57,16 @@ def combine(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
 
 
+def depth(blocks: Tree) -> int:
+    """The number of layers, in a stack whose arrays lead with [L, ...] or in a tuple of layers."""
+    return len(blocks) if isinstance(blocks, tuple) else len(jax.tree.leaves(blocks)[0])
+
+
+def layer(blocks: Tree, i: int) -> Tree:
+    """One layer of a stack or a tuple."""
+    return blocks[i] if isinstance(blocks, tuple) else jax.tree.map(lambda x: x[i], blocks)
+
+
 def map_at(fn: Callable[[str, Any], Any], tree: Tree, pattern: str, is_leaf: Callable | None = None) -> Tree:
     """fn(path, leaf) where the path fits the pattern; other leaves as they are."""
 

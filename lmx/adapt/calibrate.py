@@ -22,10 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from lmx import tree
 from lmx.adapt.gptq import gptq, lost
-from lmx.adapt.matrices import LAYERS
+from lmx.adapt.matrices import LAYERS, found
 from lmx.adapt.quantize import BITS, Int4, Quantize
 from lmx.nn import Inputs
-from lmx.weights import Quantized, Rotated, Scaled, Weight, dense, is_matrix
+from lmx.weights import Quantized, Rotated, Scaled, Weight, dense
 from lmx.weights.quantized import of_codes
 from lmx.weights.rotated import hadamard
 
@@ -64,7 +64,7 @@ class Gptq:
         return {path: self.of(w, inputs.gram) for path, w in matrices.items()}
 
     def of(self, w: Float[Array, "d_in d_out"], gram: Float[Array, "d_in d_in"]) -> Quantized:
-        found = gptq(
+        solved = gptq(
             w,
             gram,
             bits=self.bits,
@@ -75,8 +75,8 @@ class Gptq:
             scale_dtype=self.scale_dtype,
         )
         size = min(self.group_size or w.shape[0], w.shape[0])
-        scale = found.scale.astype(self.scale_dtype)
-        return of_codes(found.q, scale, found.zero, self.bits, size, order=found.order)
+        scale = solved.scale.astype(self.scale_dtype)
+        return of_codes(solved.q, scale, solved.zero, self.bits, size, order=solved.order)
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class Rounded:
     calibrated: bool = False
 
     def __call__(self, matrices: dict[str, Array], inputs: Inputs) -> dict[str, Weight]:
-        found = {path: self.to.of(w) for path, w in matrices.items()}
+        rounded = {path: self.to.of(w) for path, w in matrices.items()}
         if not self.calibrated:
-            return found
+            return rounded
         scale = (jnp.maximum(inputs.largest.max(), 1e-30) / 127)[None]
-        return {path: replace(w, input_scale=scale) for path, w in found.items()}
+        return {path: replace(w, input_scale=scale) for path, w in rounded.items()}
 
 
 @dataclass(frozen=True)
@@ -166,19 +166,17 @@ def calibrate(
     """
     one = jax.jit(partial(_looked_at, layers.layer), static_argnames="stage")
     rest = {name: x for name, x in params.items() if name != "blocks"}
-    n_layers = depth(params["blocks"])
+    n_layers = tree.depth(params["blocks"])
     xs = [
         layers.enter(params, jnp.asarray(tokens[i : i + batch_size]))
         for i in range(0, len(tokens), batch_size)
     ]
     made, shares = [], {}
     for i in range(n_layers):
-        of_layer = layer_of(params["blocks"], i)
-        wanted = {p: w for p, w in _matrices(of_layer).items() if tree.matches(f"blocks/{p}", where)}
+        of_layer = tree.layer(params["blocks"], i)
+        wanted = {p: w for p, w in found(of_layer).items() if tree.matches(f"blocks/{p}", where)}
         if not wanted:
-            raise ValueError(
-                f"pattern {where!r} fits no matrix; a layer has {', '.join(_matrices(of_layer))}"
-            )
+            raise ValueError(f"pattern {where!r} fits no matrix; a layer has {', '.join(found(of_layer))}")
         stages = STAGES if sequential else ("*",)
         stages = [[p for p in wanted if tree.matches(p, stage)] for stage in stages]
         left = set(wanted) - {p for stage in stages for p in stage}
@@ -205,7 +203,7 @@ def _one_stage(method, matrices, inputs, i, shares):
     """The leaves of matrices that share an input; what stands on top of them, such as adapters, stays there."""
     bare, below = {}, inputs
     for path, w in matrices.items():
-        bare[path], below = _base(w, inputs)
+        bare[path], below = _base(f"blocks/{i}/{path}", w, inputs)
     if not jnp.isfinite(below.gram).all():
         raise ValueError(
             f"blocks/{i}/{min(matrices)}: its inputs are not finite; look at the layers before it"
@@ -219,19 +217,19 @@ def _one_stage(method, matrices, inputs, i, shares):
     return {path: _on(matrices[path], w) for path, w in new.items()}
 
 
-def _base(w, inputs: Inputs) -> tuple[Array, Inputs]:
+def _base(path, w, inputs: Inputs) -> tuple[Array, Inputs]:
     """The plain matrix below what stands on it, and what it reads."""
     if not isinstance(w, Weight):
         return w, inputs
     if isinstance(w, Quantized):
-        raise ValueError(f"a matrix is quantized already, to {w.bits} bits; make it dense first: Dense()")
+        raise ValueError(f"{path} is quantized already, to {w.bits} bits; make it dense first: Dense()")
     if isinstance(w, Scaled):
         inputs = _divided(inputs, 1 / w.scale)
     if isinstance(w, Rotated):
         turned = hadamard(inputs.gram * w.signs[:, None] * w.signs[None])
         gram = hadamard(turned.T)
         inputs = Inputs(gram, jnp.sqrt(jnp.maximum(jnp.diag(gram), 0.0)), inputs.n)  # no input is larger
-    return _base(w.base, inputs)
+    return _base(path, w.base, inputs)
 
 
 def _on(old, new):
@@ -243,8 +241,8 @@ def _divided(inputs: Inputs, s: Float[Array, " d_in"]) -> Inputs:
 
 
 def _scaled(matrices, inputs, s, then) -> dict[str, Weight]:
-    found = then({path: w * s[:, None] for path, w in matrices.items()}, _divided(inputs, s))
-    return {path: Scaled(w, 1 / s) for path, w in found.items()}
+    made = then({path: w * s[:, None] for path, w in matrices.items()}, _divided(inputs, s))
+    return {path: Scaled(w, 1 / s) for path, w in made.items()}
 
 
 def _normal(s):
@@ -274,20 +272,6 @@ def _gathered(one, rest, of_layer, i, xs, stage) -> dict[str, Inputs]:
             old = total.get(path, Inputs(0.0, 0.0, 0.0))
             total[path] = Inputs(old.gram + new.gram, jnp.maximum(old.largest, new.largest), old.n + new.n)
     return total
-
-
-def depth(blocks: Any) -> int:
-    """The number of layers, in a stack or a tuple."""
-    return len(blocks) if isinstance(blocks, tuple) else len(jax.tree.leaves(blocks)[0])
-
-
-def layer_of(blocks: Any, i: int) -> Any:
-    """The parameters of one layer, of a stack or a tuple."""
-    return blocks[i] if isinstance(blocks, tuple) else jax.tree.map(lambda x: x[i], blocks)
-
-
-def _matrices(of_layer) -> dict[str, Any]:
-    return {path: w for path, w in tree.nodes(of_layer, Weight).items() if is_matrix(path)}
 
 
 def _with(of_layer, new: dict[str, Any]):

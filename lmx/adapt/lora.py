@@ -143,7 +143,7 @@ class Dense(Surgery):
     where: str = "*"
 
     def __call__(self, params: Any, key: jax.Array) -> Any:
-        return change(params, self.where, lambda path, w: dense(w))
+        return change(params, self.where, lambda path, w: dense(w).astype(jnp.float32))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from lmx import tree
 from lmx.adapt.matrices import EVERY, LAYERS, change, is_matrix
 from lmx.formats import gguf_blocks
 from lmx.formats.gguf import BLOCKS
-from lmx.tree import key_at
 from lmx.weights import Fake, Quantized, Rotated, Weight, dense, quantize, shape_of
 from lmx.weights.quantized import NF4, to_float8, to_table
 from lmx.weights.rotated import hadamard
@@ -232,7 +231,7 @@ class Rotate(Surgery):
 
 def signs(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
     """+1 or -1 for each input of the matrix at a path."""
-    return jax.random.rademacher(key_at(key, path), shape[:-1], jnp.float32)
+    return jax.random.rademacher(tree.key_at(key, path), shape[:-1], jnp.float32)
 
 
 def rotated(w: jax.Array, signs: jax.Array) -> Rotated:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from lmx.adapt.calibrate import depth, layer_of
+from lmx import tree
 from lmx.adapt.matrices import LAYERS
 from lmx.adapt.quantize import Quantize
 
@@ -38,23 +38,23 @@ def sensitivity(
 
     Costs L choices / 2 forward passes: layers before the one that is rounded are computed once.
     """
-    n_layers = depth(params["blocks"])
+    n_layers = tree.depth(params["blocks"])
     rest = {name: x for name, x in params.items() if name != "blocks"}
     one = jax.jit(lambda rest, of_layer, i, x: layers.layer(rest, of_layer, i, x)[0])
     ends = jax.jit(partial(_kl, layers))
     xs = [layers.enter(params, jnp.asarray(tokens))]
     for i in range(n_layers):
-        xs.append(one(rest, layer_of(params["blocks"], i), i, xs[-1]))
+        xs.append(one(rest, tree.layer(params["blocks"], i), i, xs[-1]))
     found = np.zeros((n_layers, len(choices)))
     for i in range(n_layers):
-        of_layer = layer_of(params["blocks"], i)
+        of_layer = tree.layer(params["blocks"], i)
         for c, bits in enumerate(choices):
             rounded = Quantize(bits, group_size, where=LAYERS)({"blocks": of_layer}, jax.random.key(0))[
                 "blocks"
             ]
             x = one(rest, rounded, i, xs[i])
             for later in range(i + 1, n_layers):
-                x = one(rest, layer_of(params["blocks"], later), later, x)
+                x = one(rest, tree.layer(params["blocks"], later), later, x)
             found[i, c] = float(ends(params, xs[-1], x))
         seen(i + 1, n_layers)
     return found

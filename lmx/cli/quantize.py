@@ -93,10 +93,14 @@ def main(argv: list[str]) -> None:
     _check(asked)
     from lmx.cli.folder import new_folder
     from lmx.run import trained
-    from lmx.tree import nbytes
+    from lmx.tree import nbytes, nodes
+    from lmx.weights import Quantized
 
     step = cli.step_of(asked.model, asked.step) if (asked.model / "run.txt").exists() else 0
     model = trained(asked.model, step, asked.ema)
+    already = [path for path, w in nodes(model.params, Quantized).items() if isinstance(w, Quantized)]
+    if already:
+        raise ValueError(f"{asked.model}: {already[0]} is quantized already; give the model it was made from")
     if asked.frontier:
         from lmx.cli import frontier
 
@@ -231,14 +235,15 @@ def _group_size(asked: Options, params, where: str) -> int:
 def _save(asked: Options, model, params, facts: dict, folder: Path) -> None:
     from lmx.cli.convert import write_run
     from lmx.models import pretrained
+    from lmx.train.checkpoint import FOLDER
 
     if (asked.model / "run.txt").exists():
         beside = pretrained.beside(asked.model / pretrained.KEPT)
-        made_from = [asked.model / "checkpoints" / str(cli.step_of(asked.model, asked.step))]
+        made_from = [asked.model / FOLDER / str(cli.step_of(asked.model, asked.step))]
     else:
         found = pretrained.find(asked.model)
         beside, made_from = found.beside(), found.files()
-    texts = _files(asked.calibration) if asked.calibration else []
+    text = [Path(asked.calibration)] if asked.calibration and Path(asked.calibration).is_file() else []
     write_run(
         folder,
         asked.out,
@@ -246,14 +251,10 @@ def _save(asked: Options, model, params, facts: dict, folder: Path) -> None:
         params,
         model.tokenizer,
         beside,
-        [*made_from, *texts],
+        [*made_from, *text],
         {"source": str(asked.model), "quantization": {k: v for k, v in facts.items() if k != "lost"}},
     )
     (folder / "quantization.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _files(name: str) -> list[Path]:
-    return [Path(name)] if Path(name).is_file() else []
 
 
 def windows(name: str, model, n: int, length: int) -> np.ndarray:
@@ -296,12 +297,12 @@ def _page(asked: Options, facts: dict, found: dict):
     for path, share in lost.items():
         _, layer, *rest = path.split("/")
         kinds.setdefault("/".join(rest[:-1]), []).append((int(layer), share))
-    judged = Table(
+    table = Table(
         ("perplexity", "times that of the original", "KL, nats per token", "same likeliest token"),
         ((found["perplexity"], found["ratio"], found["kl"], found["top1"]),),
         f"{asked.windows} windows of {asked.length} tokens of {asked.text or asked.calibration}; intervals of 95 %",
     )
-    sections = [Section("Beside the original", (judged,))]
+    sections = [Section("Beside the original", (table,))]
     if kinds:
         svg = plots.lines_with_points(kinds, x_label="layer", y_label="share of the output lost", log_y=True)
         sections.append(Section("What each matrix loses", (Figure(svg, "on the calibration text"),)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -450,14 +449,13 @@ def unstacked(params: Any) -> Any:
         return Transposed(jnp.swapaxes(w, -1, -2)) if is_matrix else w
 
     def layer(i):
-        of_layer = jax.tree.map(itemgetter(i), params["blocks"])
+        of_layer = tree.layer(params["blocks"], i)
         return tree.map_at(turned, of_layer, "*", is_leaf=lambda x: isinstance(x, Weight))
 
-    n_layers = len(jax.tree.leaves(params["blocks"])[0])
     head = {name: turned(name, w) for name, w in params.items() if name == "head"}
     if isinstance(params["embed"], Weight):
         head["embed"] = turned("embed", params["embed"])
-    return {**params, **head, "blocks": tuple(map(layer, range(n_layers)))}
+    return {**params, **head, "blocks": tuple(map(layer, range(tree.depth(params["blocks"]))))}
 
 
 def flops_per_token(config: TransformerConfig, seq_len: int) -> float:

@@ -30,7 +30,6 @@ from jax.experimental import multihost_utils
 from lmx import artifact
 from lmx.train import stored
 from lmx.tree import matches
-from lmx.weights.describe import rebuild
 
 FOLDER = "checkpoints"
 _saves = itertools.count()
@@ -301,13 +300,14 @@ def load_params(folder: str | Path, like: Any = None, step: int | str = "latest"
     source = find_step(Path(folder).absolute(), step)
     if problem := stored.damage(source):
         raise ValueError(f"{source}: {problem}; give another step")
-    whole, averages = {}, {}
     about = stored.about(source)
-    for path, entry in about["tree"].items():
-        if path.startswith(("trainable/", "frozen/")):
-            whole[path.partition("/")[2]] = path, entry
-        elif path.startswith("opt_state/") and "/ema_params/" in path:
-            averages[path.partition("/ema_params/")[2]] = path, entry
+    whole = stored.parameters(about)
+    mark = "/ema_params/"
+    averages = {
+        path.partition(mark)[2]: (path, entry)
+        for path, entry in about["tree"].items()
+        if path.startswith("opt_state/") and mark in path
+    }
     if ema and not averages:
         raise ValueError(
             f"{source}: its optimizer kept no average of the parameters; train with optim.ema=0.999"
@@ -321,15 +321,7 @@ def load_params(folder: str | Path, like: Any = None, step: int | str = "latest"
     stored.check_same({path: entry for path, (_, entry) in whole.items()}, wanted, source)
     found = stored.read(source, {whole[path][0]: x for path, x in wanted.items()})
     params = {path: found[whole[path][0]] for path in wanted}
-    if like is not None:
-        return stored.fill(like, params)
-    described = about["meta"].get("weights")
-    if described is None:
-        return stored.nest(params)
-    try:
-        return rebuild(described, params.__getitem__)
-    except KeyError as error:
-        raise ValueError(f"{source / stored.META} describes {error}, which the checkpoint has not") from None
+    return stored.arranged(about, params, source) if like is None else stored.fill(like, params)
 
 
 def find_step(folder: Path, step: int | str) -> Path:

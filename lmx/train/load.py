@@ -15,7 +15,6 @@ from lmx.models import RULES, pretrained
 from lmx.train import stored
 from lmx.train.checkpoint import find_step, load_params
 from lmx.weights import Weight, dense
-from lmx.weights.describe import rebuild
 from lmx.weights.surgery import Surgery
 
 
@@ -38,7 +37,9 @@ class Load(Surgery):
         Raises: ValueError within a compiled program, which reads no files.
         """
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
-            raise ValueError(f"{self} stands first among a run's surgeries, or is not compiled with them")
+            raise ValueError(
+                f"{self}: a run has one Load, the first of its surgeries; remove this one or put it there"
+            )
         return self.read(jax.eval_shape(lambda: params))
 
     def shapes(self, like: Any) -> Any:
@@ -98,20 +99,9 @@ class Load(Surgery):
 def _stored(folder: Path) -> Any:
     """The parameters in a checkpoint, as ShapeDtypeStruct."""
     about = stored.about(folder)
-    specs = {
-        path.partition("/")[2]: jax.ShapeDtypeStruct(shape, dtype)
-        for path, (dtype, shape) in about["tree"].items()
-        if path.startswith(("trainable/", "frozen/"))
-    }
-    described = about["meta"].get("weights")
-    if described is None:
-        return stored.nest(specs)
-    try:
-        return rebuild(described, specs.__getitem__)
-    except KeyError as missing:
-        raise ValueError(
-            f"{folder} holds what was trained alone, without {missing}; merge it first: lmx convert RUN FOLDER"
-        ) from None
+    found = stored.parameters(about).items()
+    specs = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (_, (dtype, shape)) in found}
+    return stored.arranged(about, specs, folder)
 
 
 def _float32(w: Any) -> Any:

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from lmx import artifact
 from lmx.tree import path_str
+from lmx.weights.describe import rebuild
 
 HASHED_BYTES = 4 * 2**30
 META = "meta.json"
@@ -138,6 +139,31 @@ def about(folder: Path) -> dict:
                 f"{folder / META}: {path!r} with {dtype}{list(shape)} is not an array of a checkpoint"
             )
     return made
+
+
+def parameters(about: dict) -> dict[str, tuple[str, tuple]]:
+    """The parameters among what a checkpoint holds: their path -> (path in the checkpoint, (dtype, shape))."""
+    kept = {
+        path: entry for path, entry in about["tree"].items() if path.startswith(("trainable/", "frozen/"))
+    }
+    return {path.partition("/")[2]: (path, entry) for path, entry in kept.items()}
+
+
+def arranged(about: dict, arrays: Mapping[str, Any], folder: Path) -> Any:
+    """Parameters by path in the leaves that meta["weights"] describes, or nested where it says nothing.
+
+    Raises: ValueError if one is missing.
+    """
+    described = about["meta"].get("weights")
+    if described is None:
+        return nest(arrays)
+    try:
+        return rebuild(described, arrays.__getitem__)
+    except KeyError as missing:
+        raise ValueError(
+            f"{folder} lacks {missing}, as a run does that saves what it trains alone; take its model by "
+            "`lmx convert RUN FOLDER`"
+        ) from None
 
 
 def damage(folder: Path, hashed: bool = True) -> str | None:

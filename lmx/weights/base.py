@@ -86,6 +86,14 @@ def axes_of(w: Weight, f: Callable[[Any, tuple], Any], turned: bool = False) -> 
     return replace(w, **found)
 
 
+class OnBase(Weight):
+    """A weight that stands on another, its `base`, of the same shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shape_of(self.base)
+
+
 @leaf
 class Transposed(Weight):
     """The transpose of `base` [d_out, d_in]: a head [D, V] that shares the embedding [V, D]."""
@@ -104,11 +112,9 @@ class Transposed(Weight):
         return linear(x, self.base, dtype)
 
     def lookup(self, ids):
-        return (
-            self.base.columns(ids)
-            if isinstance(self.base, Weight)
-            else jnp.moveaxis(self.base[:, ids], 0, -1)
-        )
+        if isinstance(self.base, Weight):
+            return self.base.columns(ids)
+        return jnp.moveaxis(self.base[:, ids], 0, -1)
 
     def columns(self, ids):
         return lookup(self.base, ids)

@@ -17,21 +17,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmx.weights.base import (
+    OnBase,
     Part,
-    Weight,
     dense,
     leaf,
     linear,
     linear_transposed,
     lookup,
     over,
-    shape_of,
     static,
 )
 
 
 @leaf
-class LowRank(Weight):
+class LowRank(OnBase):
     base: Part
     a: Part = over("in", None)
     b: Part = over(None, "out")
@@ -42,10 +41,6 @@ class LowRank(Weight):
     def scale(self) -> float:
         rank = self.a.shape[-1]
         return self.alpha / (rank**0.5 if self.stabilised else rank)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return shape_of(self.base)
 
     def linear(self, x, dtype=None):
         return linear(x, self.base, dtype) + linear(linear(x, self.a) * self.scale, self.b, dtype)
@@ -62,7 +57,7 @@ class LowRank(Weight):
 
 
 @leaf
-class Dora(Weight):
+class Dora(OnBase):
     """magnitude: of each output, [1, d_out]."""
 
     base: Part
@@ -71,10 +66,6 @@ class Dora(Weight):
     magnitude: Part = over(None, "out")
     alpha: float = static(default=16.0)
     stabilised: bool = static(default=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return shape_of(self.base)
 
     @property
     def scale(self) -> float:
@@ -97,17 +88,13 @@ class Dora(Weight):
 
 
 @leaf
-class Vera(Weight):
+class Vera(OnBase):
     """key: uint32 [2], from which A and B are drawn anew at each use. d: [1, R]; b: [1, d_out]."""
 
     base: Part
     key: Part = over(None)
     d: Part = over(None, None)
     b: Part = over(None, "out")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return shape_of(self.base)
 
     def linear(self, x, dtype=None):
         a, b = self._drawn(self.key)
@@ -133,7 +120,7 @@ class Vera(Weight):
 
 
 @leaf
-class Bank(Weight):
+class Bank(OnBase):
     """mix: the share of each adapter, [1, N] for all rows alike or [B, N]; those that are 0 change nothing.
 
     scale: of each adapter, its alpha / R.
@@ -144,10 +131,6 @@ class Bank(Weight):
     b: Part = over(None, "out")
     scale: Part = over(None)
     mix: Part = over(None, None)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return shape_of(self.base)
 
     def linear(self, x, dtype=None):
         share = (self.mix * self.scale[None]).astype(x.dtype)

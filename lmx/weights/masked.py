@@ -6,19 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from lmx.ops.matmul import matmul
-from lmx.weights.base import Part, Weight, dense, leaf, over, shape_of
+from lmx.weights.base import OnBase, Part, dense, leaf, over
 
 
 @leaf
-class Masked(Weight):
+class Masked(OnBase):
     """mask: True where a number is kept; what is not kept gets no gradient either."""
 
     base: Part
     mask: Part = over("in", "out")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return shape_of(self.base)
 
     def linear(self, x, dtype=None):
         return jax.checkpoint(lambda x, w: matmul(x, w.dense(), dtype))(x, self)

@@ -10,19 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lmx.weights.base import Part, Weight, dense, leaf, linear, over, shape_of
+from lmx.weights.base import OnBase, Part, dense, leaf, linear, over
 
 
 @leaf
-class Rotated(Weight):
+class Rotated(OnBase):
     """signs: +1 or -1 for each input."""
 
     base: Part
     signs: Part = over("in")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return shape_of(self.base)
 
     def linear(self, x, dtype=None):
         return linear(hadamard(x * jnp.broadcast_to(self.signs.astype(x.dtype), x.shape)), self.base, dtype)

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from lmx.weights.base import Part, Weight, dense, leaf, linear, over, shape_of
+from lmx.weights.base import OnBase, Part, dense, leaf, linear, over
 
 
 @leaf
-class Scaled(Weight):
+class Scaled(OnBase):
     """scale: of each input, [d_in]."""
 
     base: Part
     scale: Part = over("in")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return shape_of(self.base)
 
     def linear(self, x, dtype=None):
         return linear(x * jnp.broadcast_to(self.scale.astype(x.dtype), x.shape), self.base, dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import CONFIG, KEY, MODEL, TOKENS, fresh, logits, moved
+from tiny_model import CONFIG, KEY, TOKENS, fresh, logits, moved
 
 from lmx.adapt import (
     W8A8,
@@ -220,6 +220,15 @@ def test_unstacked_layers_and_layers_that_differ_stay_a_tuple():
     np.testing.assert_allclose(logits(unstacked(both)), logits(both), atol=1e-3)
 
 
+def test_layers_of_different_bits_decode_one_by_one():
+    """As mixed precision leaves them: a tuple of layers, which `unstacked` takes as it takes a stack."""
+    mixed = calibrate(LAYERS, fresh(), MANY, (Gptq(4, 16), Gptq(8, None))).params
+    assert isinstance(mixed["blocks"], tuple)
+    apart = unstacked(mixed)
+    assert [layer["attn"]["q"]["w"].bits for layer in apart["blocks"]] == [4, 8]
+    np.testing.assert_allclose(logits(apart), logits(mixed), atol=2e-3)  # by inputs of 16 bits
+
+
 def unstacked_plain(params):
     return {**params, "blocks": tuple(unstacked_layers(params))}
 
@@ -243,4 +252,3 @@ def test_what_is_not_finite_stops_it_with_the_matrix_name():
     ):
         with pytest.raises(ValueError, match=said):
             make()
-    assert MODEL.config is CONFIG

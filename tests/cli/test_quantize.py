@@ -84,7 +84,7 @@ def test_the_frontier_goes_on_where_it_was(run, lmx, refused, tmp_path, monkeypa
 
     every = frontier.FRONTIER
     some = {name: every[name] for name in ("float32", "int8", "GGUF Q4_0")}
-    monkeypatch.setattr(frontier, "FRONTIER", some)
+    monkeypatch.setattr(frontier, "FRONTIER", some)  # all of them take minutes
     words = ("quantize", run[0], tmp_path / "f", "--frontier", "--calibration", "english.txt", *SMALL)
     assert lmx(*words).count("perplexity") == 3
     rows = json.loads((tmp_path / "f" / "frontier.json").read_text("utf-8"))["rows"]
@@ -162,11 +162,16 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(run, refused, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_quantized_model_is_not_quantized_again(four, refused, tmp_path):
+    said = refused("quantize", four, tmp_path / "out")
+    assert "blocks/attn/k/w is quantized already; give the model it was made from" in said
+
+
 def test_a_folder_that_is_there_is_kept(run, refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
     assert "is already there" in refused("quantize", run[0], tmp_path / "out")
-    assert jax.tree.leaves(trained(run[0]).params)
+    assert (tmp_path / "out" / "notes").read_text() == "mine"
 
 
 def test_what_an_adapter_was_trained_on_may_not_change(run, lmx, refused, tmp_path):
