@@ -1,5 +1,6 @@
 """Tests run on 8 virtual CPU devices, with strict dtypes and ranks, and with array annotations checked."""
 
+import ctypes
 import gc
 import os
 import re
@@ -61,7 +62,10 @@ def smollm2() -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """jax keeps every compiled program; each takes memory, and mappings of which Linux grants a process 65,530."""
+    """jax keeps every compiled program; each takes memory, and mappings of which Linux grants a process 65,530.
+
+    What is freed goes back to the system: `keep_heap`, which commands call, would hold all that a module ever used.
+    """
     yield
     maps, status = Path("/proc/self/maps"), Path("/proc/self/status")
     if not maps.exists():
@@ -70,3 +74,6 @@ def few_programs():
     if maps.read_bytes().count(b"\n") > 5_000 or (resident and int(resident[1]) > 2_000_000):
         jax.clear_caches()
         gc.collect()
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

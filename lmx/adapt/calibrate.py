@@ -40,15 +40,17 @@ Method = Callable[[dict[str, Array], Inputs], dict[str, Weight]]
 class Gptq:
     """See `lmx.adapt.gptq`. act_order: rows by falling size of their input; costs a gather at each use.
 
-    damp: share of the mean of H's diagonal that is added to it.
+    damp: share of the mean of H's diagonal that is added to it. clip: whether the largest of a group may lie outside
+    its grid where the sum of squares then is smaller.
     """
 
     bits: int = 4
     group_size: int | None = 128
     act_order: bool = True
-    damp: float = 0.01
+    damp: float = 0.05
     symmetric: bool = True
     scale_dtype: str = "float16"
+    clip: bool = True
 
     def __post_init__(self):
         if self.bits not in BITS:
@@ -73,6 +75,7 @@ class Gptq:
             act_order=self.act_order,
             damp=self.damp,
             scale_dtype=self.scale_dtype,
+            clip=self.clip,
         )
         size = min(self.group_size or w.shape[0], w.shape[0])
         scale = solved.scale.astype(self.scale_dtype)

@@ -4,9 +4,9 @@
     e_i = (w_i - round(w_i)) / U_ii;   w_j -= U_ij e_i  for j > i
 
 w_i is what multiplies input i, for all outputs. Scales of a group are fitted when its first row's turn has come, to
-what the rows have become by then. With act_order inputs come by falling size, so that those that matter most are
-rounded while there are many rows left to make up for it.
-Source: Frantar et al. 2023, arXiv:2210.17323, algorithm 1; act-order is from the authors' code.
+what the rows have become by then; with clip to the share of their range that loses least. With act_order inputs come
+by falling size, so that those that matter most are rounded while there are many rows left to make up for it.
+Source: Frantar et al. 2023, arXiv:2210.17323, algorithm 1; act-order and clip are from the authors' code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lmx.ops.rounding import codes, grid
+from lmx.ops.rounding import clipped, codes, grid, values
 
 BLOCK = 128
 """Rows between two updates of all that follow."""
@@ -35,7 +35,7 @@ class Solved(NamedTuple):
     damp: Float[Array, ""]
 
 
-@partial(jax.jit, static_argnames=("bits", "group_size", "symmetric", "act_order", "scale_dtype"))
+@partial(jax.jit, static_argnames=("bits", "group_size", "symmetric", "act_order", "scale_dtype", "clip"))
 def gptq(
     w: Float[Array, "d_in d_out"],
     gram: Float[Array, "d_in d_in"],
@@ -46,6 +46,7 @@ def gptq(
     act_order: bool,
     damp: float,
     scale_dtype: str = "float16",
+    clip: bool = True,
 ) -> Solved:
     """Codes that keep x w near for inputs x with sum x x^T = gram, in float32.
 
@@ -68,8 +69,8 @@ def gptq(
     upper = jnp.pad(upper, ((0, short), (0, short))) + jnp.diag(jnp.arange(d_in + short) >= d_in).astype(
         jnp.float32
     )
-    whole = grid(w.T, bits, symmetric, scale_dtype) if size == d_in else None
-    fit = partial(grid, bits=bits, symmetric=symmetric, dtype=scale_dtype)
+    fit = partial(clipped if clip else grid, bits=bits, symmetric=symmetric, dtype=scale_dtype)
+    whole = fit(w.T) if size == d_in else None
 
     def one_block(rows, start):
         here = jax.lax.dynamic_slice_in_dim(rows, start, block)
@@ -83,8 +84,7 @@ def gptq(
             scale, zero = now
             row = jax.lax.dynamic_index_in_dim(here, j, keepdims=False)
             code = codes(row, scale, zero, bits)
-            value = code.astype(jnp.float32) - (0.0 if zero is None else zero.astype(jnp.float32))
-            error = (row - value * scale) / u[j, j]
+            error = (row - values(code, scale, zero)) / u[j, j]
             here = here - u[j][:, None] * error[None]
             at = j // size if whole is None else 0
             scales = scales.at[at].set(scale)

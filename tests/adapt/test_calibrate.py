@@ -42,7 +42,7 @@ def correlated(seed, n, d):
     return rng.normal(size=(n, d)) @ (rng.normal(size=(d, d)) * np.exp(-np.arange(d) / 6)[:, None])
 
 
-def by_paper(w, gram, bits, size, symmetric, act_order, damp):
+def by_paper(w, gram, bits, size, symmetric, act_order, damp, clip):
     """GPTQ in float64, a row at a time, without blocks. w [d_in, d_out]; returns the rounded matrix."""
     w, H, n = w.astype(np.float64).copy(), gram.astype(np.float64).copy(), len(w)
     dead = np.diag(H) <= 0
@@ -52,33 +52,52 @@ def by_paper(w, gram, bits, size, symmetric, act_order, damp):
     w, H = w[order], H[order][:, order]
     H += damp * np.diag(H).mean() * np.eye(n)
     U = np.linalg.cholesky(np.linalg.inv(H)).T
-    out, top = np.zeros_like(w), 2**bits - 1
+    out = np.zeros_like(w)
     for i in range(n):
         if i % size == 0:
             group = w[i : i + size]
-            lo, hi = np.minimum(group.min(0), 0), np.maximum(group.max(0), 0)
-            if symmetric:
-                scale, zero = 2 * (1 - 2.0**-20) * np.maximum(-lo, hi) / top, 2.0 ** (bits - 1)
-            else:
-                scale, zero = (hi - lo) / top, np.round(-lo / ((hi - lo) / top))
-        out[i] = (np.clip(np.round(w[i] / scale) + zero, 0, top) - zero) * scale
+            grids = [grid(group * (1 - share / 50), bits, symmetric) for share in range(20 if clip else 1)]
+            off = np.stack([((nearest(group, *g, bits) - group) ** 2).sum(0) for g in grids])
+            best = off.argmin(0), np.arange(w.shape[1])
+            scale, zero = (
+                np.stack([np.broadcast_to(g[k], best[1].shape) for g in grids])[best] for k in (0, 1)
+            )
+        out[i] = nearest(w[i], scale, zero, bits)
         w[i + 1 :] -= np.outer(U[i, i + 1 :], (w[i] - out[i]) / U[i, i])
     return out[np.argsort(order)]
 
 
+def grid(group, bits, symmetric):
+    """(scale, zero) of each column in float64."""
+    lo, hi, top = np.minimum(group.min(0), 0), np.maximum(group.max(0), 0), 2**bits - 1
+    if symmetric:
+        return 2 * (1 - 2.0**-20) * np.maximum(-lo, hi) / top, 2.0 ** (bits - 1)
+    return (hi - lo) / top, np.round(-lo / ((hi - lo) / top))
+
+
+def nearest(w, scale, zero, bits):
+    return (np.clip(np.round(w / scale) + zero, 0, 2**bits - 1) - zero) * scale
+
+
 @pytest.mark.parametrize(
-    ("d_in", "size", "bits", "symmetric", "act_order"),
-    [(48, 16, 4, True, False), (48, 16, 3, False, True), (72, 32, 2, True, True), (300, 300, 4, True, False)],
+    ("d_in", "size", "bits", "symmetric", "act_order", "clip"),
+    [
+        (48, 16, 4, True, False, False),
+        (48, 16, 3, False, True, True),
+        (72, 32, 2, True, True, True),
+        (72, 32, 2, False, True, False),
+        (300, 300, 4, True, False, True),
+    ],
 )
-def test_gptq_is_the_papers(d_in, size, bits, symmetric, act_order):
+def test_gptq_is_the_papers(d_in, size, bits, symmetric, act_order, clip):
     """Where float32 rounds a tie the other way the rows after it differ too, hence the share and not every number."""
     x = correlated(1, 400, d_in)
     w = np.random.default_rng(2).normal(size=(d_in, 24))
     gram = x.T @ x / 400
-    found = Gptq(bits, size, act_order, 0.01, symmetric, scale_dtype="float32").of(
+    found = Gptq(bits, size, act_order, 0.01, symmetric, "float32", clip).of(
         jnp.asarray(w, jnp.float32), jnp.asarray(gram, jnp.float32)
     )
-    want = by_paper(w, gram, bits, size, symmetric, act_order, 0.01)
+    want = by_paper(w, gram, bits, size, symmetric, act_order, 0.01, clip)
     same = np.isclose(dense(found), want, atol=1e-3).mean(0)
     assert np.median(same) == 1.0 and same.mean() > 0.8
     mine, theirs = (float(np.linalg.norm(x @ (w - np.asarray(q)))) for q in (dense(found), want))
@@ -98,9 +117,18 @@ def test_gptq_loses_a_third_of_what_rounding_loses_on_correlated_inputs(seed, bi
     assert float(lost(w, dense(found), gram)) < limit * float(lost(w, dense(plain), gram))
 
 
+def test_clipped_ranges_lose_less_than_whole_ones_at_few_bits():
+    w = jax.random.normal(KEY, (64, 256))
+    x = jnp.asarray(correlated(1, 200, 64), jnp.float32)
+    whole, clipped = (
+        float(lost(w, dense(Gptq(3, 32, clip=clip).of(w, x.T @ x)), x.T @ x)) for clip in (False, True)
+    )
+    assert clipped < 0.95 * whole
+
+
 def test_uncorrelated_inputs_leave_plain_rounding():
     w = jax.random.normal(KEY, (64, 24))
-    found = Gptq(4, 32, act_order=False).of(w, jnp.eye(64) * 7)
+    found = Gptq(4, 32, act_order=False, clip=False).of(w, jnp.eye(64) * 7)
     np.testing.assert_array_equal(dense(found), dense(Quantize(4, 32).of(w)))
 
 
