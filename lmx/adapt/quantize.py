@@ -222,7 +222,8 @@ class Qat(Quantize):
     """Quantization-aware training: float matrices that multiply as if they were rounded. `Settle` ends it."""
 
     def of(self, w: jax.Array) -> Weight:
-        return Fake(w.astype(jnp.float32), self.bits, self.group_size, self.symmetric, self.activations, self.scale_dtype)
+        w = w.astype(jnp.float32)
+        return Fake(w, self.bits, self.group_size, self.symmetric, self.activations, self.scale_dtype)
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def signs(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
 
 
 def rotated(w: jax.Array, signs: jax.Array) -> Rotated:
-    turned = jnp.swapaxes(hadamard(jnp.swapaxes(w * signs[..., None], -1, -2)), -1, -2)
+    turned = jnp.swapaxes(hadamard(jnp.swapaxes(w.astype(jnp.float32) * signs[..., None], -1, -2)), -1, -2)
     return Rotated(turned, signs)
 
 
