@@ -11,6 +11,7 @@ Source: Nagel et al. 2021, arXiv:2106.08295, sections 2.2 and 2.3; the symmetric
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -38,7 +39,8 @@ def grid(
 
 
 def rounded_up(x: Float[Array, "*b"], dtype: str) -> Float[Array, "*b"]:
-    """The least number of a float dtype that is not below x."""
+    """The least number of a float dtype that is not below x; without a gradient, as rounding has none."""
+    x = jax.lax.stop_gradient(x)
     near = x.astype(dtype)
     return jnp.where(near.astype(x.dtype) < x, jnp.nextafter(near, jnp.asarray(jnp.inf, dtype)), near)
 
