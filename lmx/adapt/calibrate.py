@@ -25,7 +25,7 @@ from lmx.adapt.gptq import gptq, lost
 from lmx.adapt.matrices import LAYERS, found
 from lmx.adapt.quantize import BITS, Int4, Quantize
 from lmx.nn import Inputs
-from lmx.weights import Quantized, Rotated, Scaled, Weight, dense
+from lmx.weights import Quantized, Rotated, Scaled, Weight, dense, quantize
 from lmx.weights.quantized import of_codes
 from lmx.weights.rotated import hadamard
 
@@ -38,7 +38,7 @@ Method = Callable[[dict[str, Array], Inputs], dict[str, Weight]]
 
 @dataclass(frozen=True)
 class Gptq:
-    """See `lmx.adapt.gptq`. act_order: rows by falling size of their input; costs a gather at each use.
+    """See `lmx.adapt.gptq`; a matrix that it brings nothing is rounded plainly. act_order: rows by falling size of their input; costs a gather at each use.
 
     damp: share of the mean of H's diagonal that is added to it. clip: whether the largest of a group may lie outside
     its grid where the sum of squares then is smaller.
@@ -79,7 +79,12 @@ class Gptq:
         )
         size = min(self.group_size or w.shape[0], w.shape[0])
         scale = solved.scale.astype(self.scale_dtype)
-        return of_codes(solved.q, scale, solved.zero, self.bits, size, order=solved.order)
+        found = of_codes(solved.q, scale, solved.zero, self.bits, size, order=solved.order)
+        plain = quantize(w, self.bits, size, self.symmetric, scale_dtype=self.scale_dtype)
+        if solved.order is not None:
+            plain = replace(plain, order=jnp.arange(len(w), dtype=solved.order.dtype))
+        worse = lost(w, dense(found), gram) > lost(w, dense(plain), gram)
+        return jax.tree.map(lambda x, y: jnp.where(worse, y, x), found, plain)
 
 
 @dataclass(frozen=True)

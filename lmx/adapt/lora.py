@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmx import tree, weights
-from lmx.adapt.matrices import LAYERS, change, found, turned
+from lmx.adapt.matrices import LAYERS, change, found, turned, within
 from lmx.adapt.quantize import Int4, Quantize
 from lmx.weights import Bank, LowRank, Transposed, Weight, dense, shape_of
+from lmx.weights.base import OnBase
 from lmx.weights.surgery import Surgery
 
 ADAPTERS = (LowRank, weights.Dora, weights.Vera)
@@ -71,7 +72,7 @@ class Dora(Lora):
 
     def on(self, w, rank, key):
         low = super().on(w, rank, key)
-        length = jnp.linalg.norm(dense(w).astype(jnp.float32), axis=-2, keepdims=True)
+        length = jnp.linalg.norm(dense(w), axis=-2, keepdims=True)
         return weights.Dora(w, low.a, low.b, length, self.alpha, self.stabilised)
 
 
@@ -83,7 +84,7 @@ class Pissa(Lora):
     """
 
     def on(self, w, rank, key):
-        w = dense(w).astype(jnp.float32)
+        w = dense(w)
         a, b = factors(w, rank)
         low = LowRank(w, a, b, self.alpha, self.stabilised)
         low = replace(low, a=a / low.scale)
@@ -101,7 +102,7 @@ class LoftQ(Lora):
     rounds: int = 5
 
     def on(self, w, rank, key):
-        w = dense(w).astype(jnp.float32)
+        w = dense(w)
         low = LowRank(w, *factors(jnp.zeros_like(w), rank), self.alpha, self.stabilised)
         for _ in range(self.rounds):
             base = self.to.of(w - low.a @ low.b * low.scale)
@@ -128,12 +129,12 @@ class Vera(Surgery):
 
 @dataclass(frozen=True)
 class Merge(Surgery):
-    """Adapters added to what they stand on: plain float32 matrices. Other matrices stay as they are."""
+    """Adapters added to what they stand on: plain float32 matrices. Masks above them, and other matrices, stay."""
 
     where: str = "*"
 
     def __call__(self, params: Any, key: jax.Array) -> Any:
-        return change(params, self.where, lambda path, w: dense(w) if isinstance(w, (*ADAPTERS, Bank)) else w)
+        return change(params, self.where, lambda path, w: within(w, (*ADAPTERS, Bank), dense))
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Dense(Surgery):
     where: str = "*"
 
     def __call__(self, params: Any, key: jax.Array) -> Any:
-        return change(params, self.where, lambda path, w: dense(w).astype(jnp.float32))
+        return change(params, self.where, lambda path, w: dense(w))
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,8 @@ class Switch(Surgery):
     mix: tuple[float, ...] | tuple[tuple[float, ...], ...]
 
     def __call__(self, params: Any, key: jax.Array) -> Any:
-        def one(path, w):
-            return _mixed(w, jnp.asarray(self.mix, jnp.float32)) if isinstance(w, Bank) else w
-
-        return change(params, "*", one)
+        mix = jnp.asarray(self.mix, jnp.float32)
+        return change(params, "*", lambda path, w: within(w, Bank, lambda w: _mixed(w, mix)))
 
 
 @dataclass(frozen=True)
@@ -201,16 +200,24 @@ class Prune(Surgery):
 def adapter(params: Any) -> Any:
     """The adapters of a tree alone: leaves without a base, None in place of everything else.
 
-    Raises: ValueError if there is none.
+    Raises: ValueError if there is none, or if one lies below another or below a mask, and so is not all that changed.
     """
 
-    def one(w):
+    def one(keys, w):
         if isinstance(w, Transposed):
-            inner = one(w.base)
+            inner = one(keys, w.base)
             return None if inner is None else Transposed(inner)
+        below = w
+        while isinstance(below, OnBase):
+            below = below.base
+            if isinstance(below, (*ADAPTERS, Bank)):
+                raise ValueError(
+                    f"{tree.path_str(keys)}: its {type(below).__name__} lies below a {type(w).__name__}, and none of "
+                    "the two is the whole change; merge the lower one before there is an upper one: Merge()"
+                )
         return replace(w, base=None) if isinstance(w, ADAPTERS) else None
 
-    alone = jax.tree.map(one, params, is_leaf=lambda w: isinstance(w, Weight))
+    alone = jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda w: isinstance(w, Weight))
     if not jax.tree.leaves(alone):
         raise ValueError(f"no adapter in this tree; its matrices are {', '.join(found(params))}")
     return alone
@@ -243,19 +250,21 @@ def unmerge(merged: Any, adapted: Any) -> Any:
 
     Raises: ValueError for a DoRA adapter, whose base cannot be had from its product.
     """
-    whole = found(merged)
+    found_merged = found(merged)
 
-    def one(path, w):
+    def one(path, w, whole):
         if isinstance(w, weights.Dora):
             raise ValueError(
                 f"{path}: a DoRA adapter loses the length of its base when merged; keep the base"
             )
-        if not isinstance(w, ADAPTERS):
-            return turned(path, whole[path])
-        zero = jnp.zeros(shape_of(w))
-        return replace(w, base=turned(path, whole[path]) - dense(replace(w, base=zero)))
+        if isinstance(w, (*ADAPTERS, Bank)):
+            added = dense(replace(w, base=jnp.zeros(shape_of(w))))
+            return replace(w, base=one(path, w.base, whole - added))
+        if isinstance(w, OnBase) and isinstance(whole, OnBase):
+            return replace(w, base=one(path, w.base, whole.base))
+        return whole
 
-    return change(adapted, "*", one)
+    return change(adapted, "*", lambda path, w: one(path, w, turned(path, found_merged[path])))
 
 
 def bank(params: Any, adapters: Sequence[Any], mix: Float[Array, "B N"]) -> Any:
@@ -324,7 +333,7 @@ def extract(
             seen(path)
         return LowRank(w, a, b, float(a.shape[-1]))
 
-    return adapter(change(base, where, one))
+    return adapter(change(Merge()(base, jax.random.key(0)), where, one))
 
 
 def factors(w: Float[Array, "*L d_in d_out"], rank: int) -> tuple[Array, Array]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 
 from lmx import tree
 from lmx.weights import Transposed, Weight, is_matrix
+from lmx.weights.base import OnBase
 
 LAYERS = "blocks/*attn/*|blocks/*mlp/[!r]*"
 """All matrices of the layers, but for the routers of experts."""
@@ -37,6 +39,13 @@ def found(params: Any, where: str = "*") -> dict[str, Any]:
     """path -> matrix of those whose paths fit."""
     nodes = tree.nodes(params, Weight)
     return {path: w for path, w in nodes.items() if is_matrix(path) and tree.matches(path, where)}
+
+
+def within(w: Any, kind: type | tuple, f: Callable[[Any], Any]) -> Any:
+    """w with f of what is of this kind in it, be it below a mask or an adapter; of one on another, of the upper one."""
+    if isinstance(w, kind):
+        return f(w)
+    return replace(w, base=within(w.base, kind, f)) if isinstance(w, OnBase) else w
 
 
 def turned(path: str, w: Any) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmx import tree
-from lmx.adapt.matrices import EVERY, LAYERS, change, is_matrix
+from lmx.adapt.matrices import EVERY, LAYERS, change, is_matrix, within
 from lmx.formats import gguf_blocks
 from lmx.formats.gguf import BLOCKS
 from lmx.weights import Fake, Quantized, Rotated, Weight, dense, quantize, shape_of
@@ -31,7 +31,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 class Quantize(Surgery):
     """To the nearest point of a grid of 2**bits. group_size: inputs that share a scale; None means all of an output.
 
-    symmetric: zero is a point of the grid and costs no bits. scale_dtype: scales are rounded to it before the codes.
+    symmetric: zero is a point of the grid and costs no bits. scale_dtype: scales are rounded up to it before the codes.
     activations: "float", or "int8" for W8A8: inputs are rounded too, each row by its largest, and products are of
     whole numbers (Dettmers et al. 2022, arXiv:2208.07339, without its exceptions).
     """
@@ -64,7 +64,26 @@ class Quantize(Surgery):
             raise ValueError(f"{name}: scale_dtype={self.scale_dtype!r}; use float32, float16 or bfloat16")
 
     def __call__(self, params: Any, key: jax.Array) -> Any:
-        return change(params, self.where, lambda path, w: on_base(path, w, self.of))
+        """Raises: ValueError for a matrix with scales beyond the range of scale_dtype. A compiled program cannot: there
+        too large a scale gives numbers that are not finite, and too small a one is rounded up."""
+
+        def one(path, w):
+            self._check_range(path, w)
+            return self.of(w)
+
+        return change(params, self.where, lambda path, w: on_base(path, w, lambda w: one(path, w)))
+
+    def _check_range(self, path: str, w: jax.Array) -> None:
+        if isinstance(w, jax.core.Tracer):
+            return
+        limits = jnp.finfo(self.scale_dtype)
+        for largest in np.abs(np.asarray([w.max((-2, -1)), w.min((-2, -1))], np.float64)).max(0).flat:
+            scale = 2 * largest / (2**self.bits - 1)
+            if limits.max < scale < np.inf or 0 < scale < limits.smallest_subnormal:
+                raise ValueError(
+                    f"{path}: its largest number is {largest:.3g}, for which {self.scale_dtype} holds no scale; use "
+                    f'{type(self).__name__}(scale_dtype="float32")'
+                )
 
     def of(self, w: jax.Array) -> Weight:
         if self.activations == "int8" and self.group_size and w.shape[-2] % self.group_size:
@@ -203,6 +222,7 @@ class Qat(Quantize):
     """Quantization-aware training: float matrices that multiply as if they were rounded. `Settle` ends it."""
 
     def of(self, w: jax.Array) -> Weight:
+        w = w.astype(jnp.float32)
         return Fake(w, self.bits, self.group_size, self.symmetric, self.activations, self.scale_dtype)
 
 
@@ -213,7 +233,7 @@ class Settle(Surgery):
     where: str = "*"
 
     def __call__(self, params: Any, key: jax.Array) -> Any:
-        return change(params, self.where, lambda path, w: w.settled() if isinstance(w, Fake) else w)
+        return change(params, self.where, lambda path, w: within(w, Fake, Fake.settled))
 
 
 @dataclass(frozen=True)
@@ -235,7 +255,7 @@ def signs(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
 
 
 def rotated(w: jax.Array, signs: jax.Array) -> Rotated:
-    turned = jnp.swapaxes(hadamard(jnp.swapaxes(w * signs[..., None], -1, -2)), -1, -2)
+    turned = jnp.swapaxes(hadamard(jnp.swapaxes(w.astype(jnp.float32) * signs[..., None], -1, -2)), -1, -2)
     return Rotated(turned, signs)
 
 

@@ -43,7 +43,7 @@ class Prompt(Surgery):
             raise ValueError(f"Prompt: ids hold {wrong[0]}, outside the vocabulary of {n_words}")
         drawn = jax.random.randint(tree.key_at(key, "prompt"), (self.length,), 0, n_words)
         ids = jnp.asarray(self.ids, jnp.int32) if self.ids else drawn
-        return {**params, "prompt": lookup(params["embed"], ids).astype(jnp.float32)}
+        return {**params, "prompt": lookup(params["embed"], ids)}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 symmetric:  scale = 2 max|w| / (2**b - 1),           zero = 0
 affine:     scale = (max(w, 0) - min(w, 0)) / (2**b - 1),  zero = round(-min(w, 0) / scale) - 2**(b-1)
 
-Either way what is rounded lies within half a step of where it was. One grid serves the values of a group, which lie
-together along the last axis; the last group may be smaller.
+Either way what is rounded lies within half a step of where it was; a scale is rounded up, or the largest would lie
+beyond the last point of the grid. One grid serves the values of a group, which lie together along the last axis; the
+last group may be smaller.
 Source: Nagel et al. 2021, arXiv:2106.08295, sections 2.2 and 2.3; the symmetric scale as in Frantar et al. 2023 (GPTQ).
 """
 
@@ -18,16 +19,18 @@ from jaxtyping import Array, Float, Int, Shaped
 def grid(
     w: Float[Array, "*b n"], bits: int, symmetric: bool, dtype: str = "float32"
 ) -> tuple[Float[Array, "*b"], Int[Array, "*b"] | None]:
-    """(scale, zero) for the values along the last axis: scale rounded to `dtype`, as float32; zero int8, or None."""
+    """(scale, zero) for the values along the last axis: scale rounded up to `dtype`, as float32; zero int8, or None.
+
+    A scale is infinite where `dtype` holds none so large.
+    """
     steps = 2**bits - 1
     lo, hi = (jnp.minimum(w.min(-1), 0), jnp.maximum(w.max(-1), 0))
-    if (
-        symmetric
-    ):  # a little less, or the largest would lie between two points and rounding errors would choose
+    if symmetric:
+        # a little less, or the largest would lie between two points and rounding errors would choose
         scale = 2 * (1 - 2.0**-20) * jnp.maximum(-lo, hi) / steps
     else:
         scale = (hi - lo) / steps
-    scale = scale.astype(dtype).astype(jnp.float32)
+    scale = rounded_up(scale, dtype).astype(jnp.float32)
     scale = jnp.where(scale == 0, 1.0, scale)
     if symmetric:
         return scale, None
@@ -52,6 +55,13 @@ def clipped(
     worst = (jnp.full(w.shape[:-1], jnp.inf), *grid(w, bits, symmetric, dtype))
     (_, scale, zero), _ = jax.lax.scan(one, worst, jnp.asarray(SHARES))
     return scale, zero
+
+
+def rounded_up(x: Float[Array, "*b"], dtype: str) -> Float[Array, "*b"]:
+    """The least number of a float dtype that is not below x; without a gradient, as rounding has none."""
+    x = jax.lax.stop_gradient(x)
+    near = x.astype(dtype)
+    return jnp.where(near.astype(x.dtype) < x, jnp.nextafter(near, jnp.asarray(jnp.inf, dtype)), near)
 
 
 def codes(

@@ -56,7 +56,7 @@ class Load(Surgery):
         else:
             there = _stored(find_step(path.absolute(), self.step))
         plain = jax.eval_shape(
-            lambda: jax.tree.map(_float32, _zeros(there), is_leaf=lambda w: isinstance(w, Weight))
+            lambda: jax.tree.map(dense, _zeros(there), is_leaf=lambda w: isinstance(w, Weight))
         )
         stored.check_same(
             {p: (str(x.dtype), x.shape) for p, x in stored.leaves(plain).items()}, stored.leaves(like), path
@@ -102,10 +102,6 @@ def _stored(folder: Path) -> Any:
     found = stored.parameters(about).items()
     specs = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (_, (dtype, shape)) in found}
     return stored.arranged(about, specs, folder)
-
-
-def _float32(w: Any) -> Any:
-    return dense(w).astype("float32")
 
 
 def _zeros(shapes: Any) -> Any:

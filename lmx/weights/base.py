@@ -146,12 +146,13 @@ def linear_transposed(
 
 
 def lookup(w: Array | Weight, ids: Int[Array, "*B"]) -> Float[Array, "*B d_out"]:
-    """Rows of an embedding [V, D]; ids must lie in [0, V)."""
-    return w.lookup(ids) if isinstance(w, Weight) else w[ids]
+    """Rows of an embedding [V, D], float32; ids must lie in [0, V)."""
+    return w.lookup(ids) if isinstance(w, Weight) else w[ids].astype(jnp.float32)
 
 
 def dense(w: Array | Weight) -> Array:
-    return w.dense() if isinstance(w, Weight) else w
+    """The matrix as a plain float32 array."""
+    return w.dense() if isinstance(w, Weight) else w.astype(jnp.float32)
 
 
 def shape_of(w: Part) -> tuple[int, ...]:

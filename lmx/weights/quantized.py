@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from lmx.ops import bits as bit
 from lmx.ops.int8 import int4_by, int8_by
 from lmx.ops.matmul import matmul, matmul_transposed
-from lmx.ops.rounding import codes, grid, grouped, spread
+from lmx.ops.rounding import codes, grid, grouped, rounded_up, spread
 from lmx.weights.base import Part, Weight, leaf, over, static
 
 NF4 = (
@@ -204,7 +204,7 @@ def to_table(
     turned = jnp.swapaxes(w, -1, -2).astype(jnp.float32)
     d_in = turned.shape[-1]
     size = min(group_size, d_in)
-    scale = jnp.abs(grouped(turned, size)).max(-1).astype(scale_dtype)
+    scale = rounded_up(jnp.abs(grouped(turned, size)).max(-1), scale_dtype)
     scale = jnp.where(scale == 0, jnp.ones((), scale.dtype), scale)
     entries = np.asarray(table, np.float32)
     between = (entries[1:] + entries[:-1]) / 2
