@@ -6,6 +6,7 @@ from operator import itemgetter
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_model
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,8 +28,10 @@ from lmx.adapt import (
     Rounded,
     Smooth,
     calibrate,
+    importance,
 )
 from lmx.adapt.gptq import gptq, lost
+from lmx.adapt.matrices import found
 from lmx.models import build, layers, unstacked
 from lmx.nn import Inputs, MoeConfig
 from lmx.weights import LowRank, Masked, Quantized, Rotated, Scaled, dense
@@ -278,6 +281,32 @@ def test_what_an_expert_stands_on_is_quantized_below_it():
     made = calibrate(layers(MIXTURE.config), params, MANY, METHODS["gptq"])
     up = experts(made.params, "up")
     assert isinstance(up, Rotated) and isinstance(up.base, Quantized) and max(made.lost.values()) < 0.05
+
+
+def test_importance_is_the_mean_square_of_inputs(monkeypatch):
+    """Against a model in numpy, by what its products read."""
+    params, read = fresh(), {}
+    paths = {
+        np.asarray(w[i]).tobytes(): (path, i) for path, w in found(params["blocks"]).items() for i in (0, 1)
+    }
+
+    def linear(w, x):
+        path, i = paths[w["w"].astype(np.float32).tobytes()]
+        read.setdefault(path, [[], []])[i].append(x)
+        return x @ w["w"]
+
+    monkeypatch.setattr(numpy_model, "_linear", linear)
+    numpy_model.logits(params, CONFIG, MANY[:6])
+    got = importance(LAYERS, params, MANY[:6], batch_size=4)
+    assert got.keys() == {f"blocks/{path}" for path in read} and len(got) == 7
+    for path, layers_of in read.items():
+        want = np.stack([np.square(np.concatenate(rows)).mean(0) for rows in layers_of])
+        np.testing.assert_allclose(got[f"blocks/{path}"], want, rtol=1e-4)
+    mixture = importance(layers(MIXTURE.config), with_experts(), MANY[:6])
+    assert mixture["blocks/mlp/experts/down/w"].shape == (2, 4, 24)
+    assert (mixture["blocks/mlp/experts/up/w"][0, 3] == 1).all() and (
+        mixture["blocks/mlp/experts/up/w"] > 0
+    ).all()
 
 
 def unstacked_plain(params):

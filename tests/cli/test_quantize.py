@@ -95,6 +95,24 @@ def test_the_frontier_goes_on_where_it_was(run, lmx, refused, tmp_path, monkeypa
     assert "other settings" in refused(*words, "--embed")
 
 
+def test_the_frontier_of_a_text_that_has_changed_is_refused(run, lmx, refused, tmp_path, monkeypatch):
+    from lmx.cli import frontier
+
+    monkeypatch.setattr(frontier, "FRONTIER", {"bf16": frontier.FRONTIER["bf16"]})
+    texts = {name: tmp_path / f"{name}.txt" for name in ("seen", "judged")}
+    for path in texts.values():
+        shutil.copy("hindi.txt", path)
+    words = ("quantize", run[0], tmp_path / "f", "--frontier", "--calibration", texts["seen"], "--text", texts["judged"])
+    assert lmx(*words, *SMALL).count("perplexity") == 1
+    assert lmx(*words, *SMALL).count("perplexity") == 0
+    for path in texts.values():
+        kept = path.read_text("utf-8")
+        shutil.copy("english.txt", path)
+        assert "other settings or texts" in refused(*words, *SMALL)
+        path.write_text(kept, "utf-8")
+    assert lmx(*words, *SMALL).count("perplexity") == 0
+
+
 def test_adapters_on_a_quantized_base_are_all_that_is_saved(four, folder, lmx, refused, tmp_path):
     """QLoRA by values: trained, stopped and gone on with, used, and merged into a folder for others."""
     base = tmp_path / "base"
