@@ -14,7 +14,7 @@ import numpy as np
 
 from lmx import cli
 from lmx.adapt import Gguf, importance
-from lmx.cli.quantize import Options, judged, made, windows
+from lmx.cli.quantize import Options, hashed, judged, made, windows
 from lmx.generate.rows import Decoder, Known
 from lmx.generate.sampling import Sampling
 from lmx.models import layers
@@ -54,8 +54,9 @@ def compare(asked: Options, model) -> None:
     """Judges one method after the other, and writes the page anew after each."""
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / RESULTS
-    done = _earlier(file, asked)
     seen = windows(asked.calibration, model, asked.samples, asked.length)
+    read = windows(asked.text or asked.calibration, model, asked.windows, asked.length)
+    done = _earlier(file, asked, {"calibration hash": hashed(seen), "text hash": hashed(read)})
     judge = replace(asked, embed=True)
     n = count(model.params)
     weights = {}
@@ -86,13 +87,14 @@ def compare(asked: Options, model) -> None:
     print(f"wrote {asked.out / 'report.html'}")
 
 
-def _earlier(file: Path, asked: Options) -> dict:
+def _earlier(file: Path, asked: Options, texts: dict[str, str]) -> dict:
     """What a frontier's file holds, or of a new one: {"asked": settings, "rows": {name: figures or a problem}}.
 
-    Raises: ValueError if it is damaged, or of other settings.
+    texts: hashes of what is read, since a text may change under its name.
+    Raises: ValueError if it is damaged, or of other settings or texts.
     """
     left = ("out", "method", "report", "frontier", "bits")
-    said = {k: str(v) for k, v in asdict(asked).items() if k not in left}
+    said = {k: str(v) for k, v in asdict(asked).items() if k not in left} | texts
     if (asked.model / "run.txt").exists():  # "latest" may be another one by now
         said["step"] = str(cli.step_of(asked.model, asked.step))
     if not file.exists():
@@ -105,7 +107,7 @@ def _earlier(file: Path, asked: Options) -> dict:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{file} is damaged; delete it, or name another folder") from None
     if not same:
-        raise ValueError(f"{file.parent} holds the frontier of other settings; name another folder")
+        raise ValueError(f"{file.parent} holds the frontier of other settings or texts; name another folder")
     return done
 
 

@@ -102,7 +102,16 @@ def test_the_frontier_of_a_text_that_has_changed_is_refused(run, lmx, refused, t
     texts = {name: tmp_path / f"{name}.txt" for name in ("seen", "judged")}
     for path in texts.values():
         shutil.copy("hindi.txt", path)
-    words = ("quantize", run[0], tmp_path / "f", "--frontier", "--calibration", texts["seen"], "--text", texts["judged"])
+    words = (
+        "quantize",
+        run[0],
+        tmp_path / "f",
+        "--frontier",
+        "--calibration",
+        texts["seen"],
+        "--text",
+        texts["judged"],
+    )
     assert lmx(*words, *SMALL).count("perplexity") == 1
     assert lmx(*words, *SMALL).count("perplexity") == 0
     for path in texts.values():
