@@ -70,8 +70,9 @@ class Options:
     """Windows of the calibration text."""
     length: int = 512
     """Tokens of a window."""
-    layout: Literal["compressed-tensors", "gptq"] | None = None
-    """Of quantized matrices; compressed-tensors if not given, which vLLM and transformers read."""
+    layout: Literal["compressed-tensors", "gptq", "dense"] | None = None
+    """Of quantized matrices; compressed-tensors if not given, which vLLM and transformers read. dense writes the
+    numbers that codes stand for, which loses no more than --dtype rounds; activations are then not rounded."""
     step: str = "latest"
     """Of a run's checkpoint: latest, best or a number."""
     ema: bool = False
@@ -222,15 +223,26 @@ def release(
     """Writes a model as transformers reads it, adapters merged. beside: files that came with it, name -> text."""
     import jax
 
-    from lmx.adapt import Merge
+    from lmx.adapt import Dense, Merge
     from lmx.models import pretrained
+    from lmx.tree import nodes
+    from lmx.weights import Quantized, Weight
 
     if "config.json" in beside:
         like, context = json.loads(beside["config.json"]), None
     else:
         like = {f"{x}_token_id": getattr(model.tokenizer, f"{x}_id") for x in ("bos", "eos", "pad")}
         context = model.run.data.seq_len
-    params = Merge()(model.params, jax.random.key(0))
+    key = jax.random.key(0)
+    if layout == "dense":
+        if not any(isinstance(w, Quantized) for w in nodes(model.params, Quantized).values()):
+            raise ValueError("--layout dense: no matrix of this model is quantized; leave the layout out")
+        params, layout = Dense()(model.params, key), None
+    else:
+        params = Merge()(model.params, key)
+        if isinstance(params["embed"], Weight):
+            params = Dense("embed")(params, key)
+            print("the embedding is written as plain numbers: no layout holds it in codes")
     family = pretrained.save(
         folder, model.run.model, params, like=like, context=context, dtype=dtype, layout=layout
     )

@@ -10,6 +10,7 @@ import pytest
 
 from lmx import tree
 from lmx.adapt import Int8
+from lmx.formats import safetensors
 from lmx.run import trained
 from lmx.train import stored
 from lmx.weights import LowRank, Quantized, dense
@@ -69,6 +70,28 @@ def test_methods_without_data_say_how_near_they_stay(run, lmx, tmp_path):
     params = trained(tmp_path / "all").params
     assert isinstance(params["embed"].base, Quantized)
     assert lmx("generate", tmp_path / "all", "The", "--max-tokens", "2")
+
+
+def test_a_folder_for_others_holds_what_no_layout_does_as_plain_numbers(run, lmx, refused, tmp_path):
+    """The embedding by itself; all else when it is asked for. Both folders are the quantized model, read back."""
+    base, eight, awq = run[0], tmp_path / "eight", tmp_path / "awq"
+    lmx("quantize", base, eight, "--embed")
+    assert "the embedding is written as plain numbers" in lmx("convert", eight, tmp_path / "codes")
+    kept = safetensors.read(tmp_path / "codes")
+    assert kept["model.embed_tokens.weight"].stored == "F32"
+    assert kept["model.layers.0.mlp.up_proj.weight_scale"].stored and len(kept) > 10
+    assert "embedding" not in lmx("convert", eight, tmp_path / "dense", "--layout", "dense")
+    assert {x.stored for x in safetensors.read(tmp_path / "dense").values()} == {"F32"}
+    lmx("quantize", base, awq, "--method", "awq", "--calibration", "hindi.txt", *SMALL)
+    assert "it is Scaled, which no layout holds; merge it" in (
+        told := refused("convert", awq, tmp_path / "no")
+    )
+    assert "--layout dense of `lmx convert`" in told
+    lmx("convert", awq, tmp_path / "scaled", "--layout", "dense")
+    for made, folder in ((eight, "codes"), (eight, "dense"), (awq, "scaled")):
+        np.testing.assert_allclose(logits(trained(tmp_path / folder)), logits(trained(made)), atol=1e-4)
+    said = "--layout dense: no matrix of this model is quantized"
+    assert said in refused("convert", base, tmp_path / "no", "--layout", "dense")
 
 
 def test_mixed_precision_keeps_layers_apart(run, lmx, tmp_path):
