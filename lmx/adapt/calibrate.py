@@ -244,7 +244,7 @@ def _one_stage(method, matrices, inputs, i, shares):
     else:
         each = (jax.tree.map(itemgetter(e), (matrices, inputs)) for e in range(len(inputs.n)))
         made = [_of_one(method, of_expert, _filled(reads), i) for of_expert, reads in each]
-        new = jax.tree.map(lambda *x: jnp.stack(x), *made)
+        new = tree.stack(made)
     for path, w in new.items():
         share = float(lost(dense(matrices[path]).astype(jnp.float32), dense(w), inputs.gram))
         if not share < float("inf"):
@@ -352,5 +352,5 @@ def _together(made: Iterable[Any], stacked: bool) -> Any:
     """A stack of layers, or a tuple of them where they differ in their leaves' settings."""
     made = list(made)
     if stacked and len({jax.tree.structure(x) for x in made}) == 1:
-        return jax.tree.map(lambda *x: jnp.stack(x), *made)
+        return tree.stack(made)
     return tuple(made)

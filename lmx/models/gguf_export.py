@@ -74,7 +74,7 @@ def save(
     path = Path(path)
     if kind not in BLOCKS:
         raise ValueError(f"type {kind!r:.99} is none of {', '.join(BLOCKS)}")
-    params = jax.tree.map(dense, params, is_leaf=lambda w: isinstance(w, Weight))
+    params = weight_map.stacked(jax.tree.map(dense, params, is_leaf=lambda w: isinstance(w, Weight)))
     first = sorted(ARCHITECTURES, key=lambda name: ARCHITECTURES[name] != like)
     tries = {name: partial(_as_architecture, name, config, context) for name in first}
     metadata, entries, divisors = pretrained.first_same(
