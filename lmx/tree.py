@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Tree = Any
 
@@ -65,6 +66,11 @@ def depth(blocks: Tree) -> int:
 def layer(blocks: Tree, i: int) -> Tree:
     """One layer of a stack or a tuple."""
     return blocks[i] if isinstance(blocks, tuple) else jax.tree.map(lambda x: x[i], blocks)
+
+
+def stack(layers: Sequence[Tree]) -> Tree:
+    """Layers of one structure as a stack, whose arrays lead with [L, ...]."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
 def map_at(fn: Callable[[str, Any], Any], tree: Tree, pattern: str, is_leaf: Callable | None = None) -> Tree:

@@ -1,6 +1,6 @@
 """Surgeries on weights: adapters, number formats and pruning, each `(params, key) -> params`, and so composable."""
 
-from lmx.adapt.calibrate import Awq, Calibrated, Gptq, Rounded, Smooth, calibrate
+from lmx.adapt.calibrate import Awq, Calibrated, Gptq, Rounded, Smooth, calibrate, importance
 from lmx.adapt.lora import (
     Dense,
     Dora,
@@ -63,6 +63,7 @@ __all__ = [
     "chain",
     "difference",
     "extract",
+    "importance",
     "sensitivity",
     "spend",
     "unmerge",

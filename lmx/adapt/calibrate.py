@@ -6,7 +6,8 @@
 A method takes the matrices that share an input and what is known of it, and gives a leaf for each:
 `Gptq`, `Rounded(Int4())`, and around another `Awq(then=Gptq())` and `Smooth(then=Rounded(W8A8()))`. Within a layer the
 output of attention and of the feed-forward layer see what the matrices before them have become ("true sequential").
-One layer's Gram matrices are held at a time.
+Each expert is handed to the method by itself, with the tokens that were sent to it. The Gram matrices of one input are
+held at a time, or of one layer if not sequential.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lmx import tree
@@ -29,7 +32,7 @@ from lmx.weights import Quantized, Rotated, Scaled, Weight, dense, quantize
 from lmx.weights.quantized import of_codes
 from lmx.weights.rotated import hadamard
 
-STAGES = ("*attn/[qkv]/w", "*attn/o/w", "*mlp/gate/w|*mlp/up/w", "*mlp/down/w")
+STAGES = ("*attn/[qkv]/w", "*attn/o/w", "*mlp/*gate/w|*mlp/*up/w", "*mlp/*down/w")
 """The matrices of a layer that read the same, in the order in which a token meets them."""
 
 Method = Callable[[dict[str, Array], Inputs], dict[str, Weight]]
@@ -144,7 +147,8 @@ class Awq:
 
 
 class Calibrated(NamedTuple):
-    """params; lost: path -> share of the output's energy on the calibration inputs that rounding changes."""
+    """params; lost: path -> share of the output's energy on the calibration inputs that rounding changes; of experts,
+    of what all of them give."""
 
     params: Any
     lost: dict[str, float]
@@ -169,16 +173,13 @@ def calibrate(
       method: for all layers, or one for each.
       sequential: whether matrices see what those before them in their layer have become.
       seen: called with the layers done and their number.
-    Raises: ValueError if no matrix fits, if one has no known input (experts), or, by the matrix's name, if inputs or
-      numbers are not finite.
+    Raises: ValueError if no matrix fits, if one is none of a layer's products (a router), or, by the matrix's name, if
+      inputs or numbers are not finite.
     """
     one = jax.jit(partial(_looked_at, layers.layer), static_argnames="stage")
     rest = {name: x for name, x in params.items() if name != "blocks"}
     n_layers = tree.depth(params["blocks"])
-    xs = [
-        layers.enter(params, jnp.asarray(tokens[i : i + batch_size]))
-        for i in range(0, len(tokens), batch_size)
-    ]
+    xs = _entered(layers, params, tokens, batch_size)
     made, shares = [], {}
     for i in range(n_layers):
         of_layer = tree.layer(params["blocks"], i)
@@ -193,8 +194,8 @@ def calibrate(
                 f"blocks/{min(left)}: its inputs are not known here; leave it out: where={where!r}"
             )
         for stage in filter(None, stages):
-            inputs = _gathered(one, rest, of_layer, i, xs, stage)
             groups = [stage] if sequential else [[p] for p in stage]
+            inputs = _gathered(one, rest, of_layer, i, xs, [group[0] for group in groups])
             for group in groups:
                 own = method[i] if isinstance(method, Sequence) else method
                 new = _one_stage(own, {p: wanted[p] for p in group}, inputs[group[0]], i, shares)
@@ -207,8 +208,61 @@ def calibrate(
     )
 
 
+def importance(
+    layers: Any,
+    params: Any,
+    tokens: Int[Array, "N T"],
+    *,
+    batch_size: int = 8,
+    seen: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Float[np.ndarray, "L *E d_in"]]:
+    """Path of each matrix of the layers -> the mean square of each of its inputs; 1 for experts that no token reached.
+
+    What a GGUF file's types weigh their errors with (an imatrix of llama.cpp). layers, tokens and seen: as `calibrate`.
+    """
+
+    @jax.jit
+    def one(rest, of_layer, i, x):
+        x, stats = layers.layer(rest, of_layer, i, x)
+        found = tree.nodes(stats, Inputs)
+        return x, {path: (jnp.diagonal(of.gram, 0, -2, -1), of.n[..., None]) for path, of in found.items()}
+
+    rest = {name: x for name, x in params.items() if name != "blocks"}
+    n_layers = tree.depth(params["blocks"])
+    xs, made = _entered(layers, params, tokens, batch_size), []
+    for i in range(n_layers):
+        xs, found = zip(*(one(rest, tree.layer(params["blocks"], i), i, x) for x in xs))
+        sums = jax.tree.map(lambda *x: np.asarray(sum(x)), *found)
+        made.append({path: np.where(n > 0, x / np.maximum(n, 1), 1) for path, (x, n) in sums.items()})
+        seen(i + 1, n_layers)
+    return {f"blocks/{path}": np.stack([of[path] for of in made]) for path in made[0]}
+
+
+def _entered(layers, params, tokens, batch_size):
+    return [
+        layers.enter(params, jnp.asarray(tokens[i : i + batch_size]))
+        for i in range(0, len(tokens), batch_size)
+    ]
+
+
 def _one_stage(method, matrices, inputs, i, shares):
-    """The leaves of matrices that share an input; what stands on top of them, such as adapters, stays there."""
+    """The leaves of matrices that share an input."""
+    if inputs.n.ndim == 0:
+        new = _of_one(method, matrices, inputs, i)
+    else:
+        each = (jax.tree.map(itemgetter(e), (matrices, inputs)) for e in range(len(inputs.n)))
+        made = [_of_one(method, of_expert, _filled(reads), i) for of_expert, reads in each]
+        new = tree.stack(made)
+    for path, w in new.items():
+        share = float(lost(dense(matrices[path]).astype(jnp.float32), dense(w), inputs.gram))
+        if not share < float("inf"):
+            raise ValueError(f"blocks/{i}/{path}: not finite when quantized; its weights or inputs are not")
+        shares[f"blocks/{i}/{path}"] = share
+    return new
+
+
+def _of_one(method, matrices, inputs, i):
+    """Leaves of matrices [d_in, d_out]; what stands on top of them, such as adapters, stays there."""
     bare, below = {}, inputs
     for path, w in matrices.items():
         bare[path], below = _base(f"blocks/{i}/{path}", w, inputs)
@@ -217,12 +271,19 @@ def _one_stage(method, matrices, inputs, i, shares):
             f"blocks/{i}/{min(matrices)}: its inputs are not finite; look at the layers before it"
         )
     new = method({path: w.astype(jnp.float32) for path, w in bare.items()}, below)
-    for path, w in new.items():
-        share = float(lost(bare[path].astype(jnp.float32), dense(w), below.gram))
-        if not share < float("inf"):
-            raise ValueError(f"blocks/{i}/{path}: not finite when quantized; its weights or inputs are not")
-        shares[f"blocks/{i}/{path}"] = share
     return {path: _on(matrices[path], w) for path, w in new.items()}
+
+
+@jax.jit
+def _filled(inputs: Inputs) -> Inputs:
+    """An expert's inputs, with those that were always 0 as large as the others and apart from them: that few tokens or
+    none were sent to it does not say that its weights may be anything."""
+    size = jnp.diag(inputs.gram)
+    seen = size > 0
+    mean = jnp.where(seen.any(), size.mean() / jnp.maximum(seen.astype(jnp.float32).mean(), 1e-30), 1.0)
+    n = jnp.maximum(inputs.n, 1.0)
+    gram = inputs.gram + jnp.diag(jnp.where(seen, 0.0, mean))
+    return Inputs(gram, jnp.where(seen, inputs.largest, jnp.sqrt(mean / n)), n)
 
 
 def _base(path, w, inputs: Inputs) -> tuple[Array, Inputs]:
@@ -299,5 +360,5 @@ def _together(made: Iterable[Any], stacked: bool) -> Any:
     """A stack of layers, or a tuple of them where they differ in their leaves' settings."""
     made = list(made)
     if stacked and len({jax.tree.structure(x) for x in made}) == 1:
-        return jax.tree.map(lambda *x: jnp.stack(x), *made)
+        return tree.stack(made)
     return tuple(made)

@@ -8,7 +8,8 @@ A matrix that is an adapter on a base, or pruned, scaled or rotated, keeps that 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -185,10 +186,14 @@ class Cast(Surgery):
 
 @dataclass(frozen=True)
 class Gguf(Surgery):
-    """The numbers that a GGUF file of this type holds, as float32 arrays: what `lmx convert --type` would lose."""
+    """The numbers that a GGUF file of this type holds, as float32 arrays: what `lmx convert --type` would lose.
+
+    importance: by path, as `lmx.adapt.importance` finds it.
+    """
 
     kind: str = "Q4_K"
     where: str = EVERY
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.kind not in BLOCKS:
@@ -199,7 +204,8 @@ class Gguf(Surgery):
 
     def _one(self, path, w):
         rows = np.asarray(jnp.swapaxes(dense(w), -1, -2), np.float32)
-        coded = gguf_blocks.rounded(rows, gguf_blocks.type_of(_name(path), rows.shape, self.kind))
+        kind = gguf_blocks.type_of(_name(path), rows.shape, self.kind)
+        coded = gguf_blocks.rounded(rows, kind, self.importance.get(path))
         return jnp.swapaxes(jnp.asarray(coded), -1, -2)
 
     def nbytes(self, params: Any) -> int:

@@ -7,6 +7,7 @@ GGUF file that llama.cpp reads.
   lmx convert runs/quickstart/model exported                a model of our own, in the family that computes the same
   lmx convert runs/quickstart/model mine.gguf               one file with tokenizer and chat template, weights in F16
   lmx convert ~/models/Qwen3-0.6B small.gguf --type Q4_K    the same in 4.5 bits a weight
+  lmx convert runs/qwen3 small.gguf --type Q3_K --calibration wiki.txt     finest where a text's inputs are large
   lmx convert runs/int4 exported --layout gptq              a quantized one, bit for bit as GPTQ's readers want it
 
 The first form makes a run of no steps: its checkpoint is step 0. A GGUF file is made of a run or a released model
@@ -62,8 +63,16 @@ class Options:
         | None
     ) = None
     """Of a GGUF file's matrices; F16 if not given."""
-    layout: Literal["compressed-tensors", "gptq"] | None = None
-    """Of quantized matrices; compressed-tensors if not given, which vLLM and transformers read."""
+    calibration: str | None = None
+    """Text to see inputs of: a file, a pattern or a source. A matrix of a Q type then loses least where they are
+    large."""
+    samples: int = 64
+    """Windows of the calibration text."""
+    length: int = 512
+    """Tokens of a window."""
+    layout: Literal["compressed-tensors", "gptq", "dense"] | None = None
+    """Of quantized matrices; compressed-tensors if not given, which vLLM and transformers read. dense writes the
+    numbers that codes stand for, which loses no more than --dtype rounds; activations are then not rounded."""
     step: str = "latest"
     """Of a run's checkpoint: latest, best or a number."""
     ema: bool = False
@@ -75,6 +84,8 @@ def main(argv: list[str]) -> None:
     if asked.out.suffix == ".gguf":
         _to_gguf(asked)
         return
+    if asked.calibration:
+        raise ValueError(f"--calibration is of GGUF files; end {asked.out} in .gguf, or use `lmx quantize`")
     if asked.type:
         raise ValueError(
             f"--type {asked.type} is of GGUF files; end {asked.out} in .gguf, or use --dtype for a folder"
@@ -94,9 +105,17 @@ def main(argv: list[str]) -> None:
 
 
 def _to_gguf(asked: Options) -> None:
-    from lmx.models import gguf_export, pretrained
+    from lmx.adapt import importance
+    from lmx.cli.progress import Steps
+    from lmx.cli.quantize import windows
+    from lmx.models import gguf_export, layers, pretrained
     from lmx.run import trained
 
+    kind = asked.type or "F16"
+    if asked.calibration and not kind.startswith("Q"):
+        raise ValueError(
+            f"--calibration says nothing to --type {kind}, which rounds each number alone; use a Q type"
+        )
     if os.path.lexists(asked.out):
         raise ValueError(f"{asked.out} is already there; name a new file")
     if asked.dtype:
@@ -109,7 +128,11 @@ def _to_gguf(asked: Options) -> None:
         like = pretrained.read_object(kept) if kept.exists() else {}
     else:
         like, model = pretrained.find(asked.source).fields, trained(asked.source)
-    kind = asked.type or "F16"
+    found = {}
+    if asked.calibration:
+        seen = windows(asked.calibration, model, asked.samples, asked.length)
+        with Steps("layers") as progress:
+            found = importance(layers(model.run.model), model.params, seen, seen=progress)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     fallen = gguf_export.save(
         asked.out,
@@ -121,6 +144,7 @@ def _to_gguf(asked: Options) -> None:
         chat=model.chat,
         bos_id=like.get("bos_token_id"),
         like=like.get("model_type"),
+        importance=found,
     )
     if fallen:
         types = " or ".join(sorted(set(fallen.values())))
@@ -199,15 +223,26 @@ def release(
     """Writes a model as transformers reads it, adapters merged. beside: files that came with it, name -> text."""
     import jax
 
-    from lmx.adapt import Merge
+    from lmx.adapt import Dense, Merge
     from lmx.models import pretrained
+    from lmx.tree import nodes
+    from lmx.weights import Quantized, Weight
 
     if "config.json" in beside:
         like, context = json.loads(beside["config.json"]), None
     else:
         like = {f"{x}_token_id": getattr(model.tokenizer, f"{x}_id") for x in ("bos", "eos", "pad")}
         context = model.run.data.seq_len
-    params = Merge()(model.params, jax.random.key(0))
+    key = jax.random.key(0)
+    if layout == "dense":
+        if not any(isinstance(w, Quantized) for w in nodes(model.params, Quantized).values()):
+            raise ValueError("--layout dense: no matrix of this model is quantized; leave the layout out")
+        params, layout = Dense()(model.params, key), None
+    else:
+        params = Merge()(model.params, key)
+        if isinstance(params["embed"], Weight):
+            params = Dense("embed")(params, key)
+            print("the embedding is written as plain numbers: no layout holds it in codes")
     family = pretrained.save(
         folder, model.run.model, params, like=like, context=context, dtype=dtype, layout=layout
     )

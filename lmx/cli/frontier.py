@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from lmx import cli
-from lmx.adapt import Gguf
-from lmx.cli.quantize import Options, judged, made, windows
+from lmx.adapt import Gguf, importance
+from lmx.cli.quantize import Options, hashed, judged, made, windows
 from lmx.generate.rows import Decoder, Known
 from lmx.generate.sampling import Sampling
+from lmx.models import layers
 from lmx.report import plots
 from lmx.report.page import Figure, Page, Section, Text
 from lmx.report.stats import Interval
@@ -53,16 +54,22 @@ def compare(asked: Options, model) -> None:
     """Judges one method after the other, and writes the page anew after each."""
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / RESULTS
-    done = _earlier(file, asked)
     seen = windows(asked.calibration, model, asked.samples, asked.length)
+    read = windows(asked.text or asked.calibration, model, asked.windows, asked.length)
+    done = _earlier(file, asked, {"calibration hash": hashed(seen), "text hash": hashed(read)})
     judge = replace(asked, embed=True)
     n = count(model.params)
+    weights = {}
+    if any(method[0] == "Q" for name, (method, *_) in FRONTIER.items() if name not in done["rows"]):
+        weights = importance(layers(model.run.model), model.params, seen)
     for name, (method, bits, order) in FRONTIER.items():
         if name in done["rows"]:
             continue
         began = time.monotonic()
         try:
-            params, stored = _variant(replace(judge, method=method, bits=bits, act_order=order), model, seen)
+            params, stored = _variant(
+                replace(judge, method=method, bits=bits, act_order=order), model, seen, weights
+            )
         except ValueError as error:  # a method that this model's shapes rule out
             done["rows"][name] = {"problem": str(error)}
             print(f"{name:24} left out: {error}")
@@ -80,13 +87,14 @@ def compare(asked: Options, model) -> None:
     print(f"wrote {asked.out / 'report.html'}")
 
 
-def _earlier(file: Path, asked: Options) -> dict:
+def _earlier(file: Path, asked: Options, texts: dict[str, str]) -> dict:
     """What a frontier's file holds, or of a new one: {"asked": settings, "rows": {name: figures or a problem}}.
 
-    Raises: ValueError if it is damaged, or of other settings.
+    texts: hashes of what is read, since a text may change under its name.
+    Raises: ValueError if it is damaged, or of other settings or texts.
     """
     left = ("out", "method", "report", "frontier", "bits")
-    said = {k: str(v) for k, v in asdict(asked).items() if k not in left}
+    said = {k: str(v) for k, v in asdict(asked).items() if k not in left} | texts
     if (asked.model / "run.txt").exists():  # "latest" may be another one by now
         said["step"] = str(cli.step_of(asked.model, asked.step))
     if not file.exists():
@@ -99,16 +107,16 @@ def _earlier(file: Path, asked: Options) -> dict:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{file} is damaged; delete it, or name another folder") from None
     if not same:
-        raise ValueError(f"{file.parent} holds the frontier of other settings; name another folder")
+        raise ValueError(f"{file.parent} holds the frontier of other settings or texts; name another folder")
     return done
 
 
-def _variant(asked: Options, model, seen) -> tuple[Any, int]:
-    """(parameters, the bytes in which they are stored)."""
+def _variant(asked: Options, model, seen, weights) -> tuple[Any, int]:
+    """(parameters, the bytes in which they are stored). weights: the importance of inputs, for GGUF's types."""
     if asked.method == "float32":
         return model.params, nbytes(model.params)
     if asked.method[0] == "Q":
-        file = Gguf(asked.method)
+        file = Gguf(asked.method, importance=weights)
         return file(model.params, jax.random.key(0)), file.nbytes(model.params)
     params, _ = made(asked, model, seen)
     return params, nbytes(params)
@@ -142,7 +150,8 @@ def _page(asked: Options, done: dict):
             for name, row in rows.items()
         ),
         "Embedding and head are int8, but in float32, bf16 and GGUF. Intervals of 95 % over windows of text. GGUF rows "
-        "have the numbers of such a file, computed in float32, so that their speed is not told.",
+        "have the numbers of such a file made with the calibration text, computed in float32, so that their speed is "
+        "not told.",
     )  # fmt: skip
     families = {"GGUF": "GGUF", "GPTQ": "GPTQ", "AWQ": "AWQ", "mixed": "mixed"}
     series: dict[str, list] = {}

@@ -181,7 +181,6 @@ def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
     import jax
 
     from lmx import adapt
-    from lmx.artifact import hash_text
     from lmx.cli.progress import Steps
     from lmx.models import layers
 
@@ -215,7 +214,7 @@ def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
         facts |= {
             "calibration": asked.calibration,
             "calibration tokens": int(seen.size),
-            "calibration hash": hash_text(" ".join(map(str, seen.ravel())))[:16],
+            "calibration hash": hashed(seen),
             "lost": lost,
         }
     return jax.block_until_ready(params), facts
@@ -273,6 +272,12 @@ def windows(name: str, model, n: int, length: int) -> np.ndarray:
         )
     at = np.linspace(0, whole - 1, min(n, whole)).round().astype(int)
     return np.array(ids[: whole * length], np.int32).reshape(whole, length)[at]
+
+
+def hashed(tokens: np.ndarray) -> str:
+    from lmx.artifact import hash_text
+
+    return hash_text(" ".join(map(str, tokens.ravel())))[:16]
 
 
 def judged(asked: Options, model, params) -> dict:

@@ -31,6 +31,8 @@ GPTQ_BITS = (2, 3, 4, 8)
 FORMATS = {"pack-quantized": range(2, 9), "int-quantized": range(2, 9), "float-quantized": (8,)}
 FORMATS |= dict.fromkeys(GPTQ, GPTQ_BITS)
 """Format -> bits of its codes."""
+DENSE = "lmx.weights.dense, or --layout dense of `lmx convert`"
+"""The way out where no format holds a matrix."""
 INTEGERS, FLOATS = ("I32", "I64"), ("F16", "BF16", "F32")
 OPTIONAL = ("g_idx", "weight_g_idx")
 """Tensors that are left out where inputs lie as they come."""
@@ -103,14 +105,17 @@ def scheme_of(w: Quantized, layout: str, d_out: int) -> Scheme:
     if w.table is not None:
         raise ValueError(
             f"it numbers the entries of a table of {len(w.table)}, as NF4 does, which {layout} has not; quantize it "
-            "to whole numbers (lmx.weights.quantize), or make it dense (lmx.weights.dense)"
+            f"to whole numbers (lmx.weights.quantize), or make it dense ({DENSE})"
         )
     groups, float8 = w.scale.shape[-1], w.q.dtype == ml_dtypes.float8_e4m3fn
     if not float8 and w.q.dtype not in (np.int8, np.uint32):
-        raise ValueError(f"it holds {w.q.dtype}, which {layout} has not; make it dense (lmx.weights.dense)")
+        raise ValueError(f"it holds {w.q.dtype}, which {layout} has not; make it dense ({DENSE})")
     size = None if groups == 1 else w.group_size
     if size and w.d_in % size:
-        raise ValueError(f"{layout} wants groups that divide its {w.d_in:,} inputs, not of {size:,}")
+        raise ValueError(
+            f"{layout} wants groups that divide its {w.d_in:,} inputs, not of {size:,}; quantize it in such groups, or "
+            f"make it dense ({DENSE})"
+        )
     kinds = (w.bits, size, w.zero is None, w.activations, w.input_scale is not None)
     if layout == "gptq":
         other = "use layout='compressed-tensors'"

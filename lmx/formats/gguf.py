@@ -13,6 +13,7 @@ Source: ggml, docs/gguf.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
@@ -85,7 +86,7 @@ def read(path: str | Path) -> Gguf:
     tensors = {}
     for name, shape, kind, offset in infos:
         dtype = PLAIN.get(kind, np.dtype(np.float32))
-        rows = block_rows(bytes_of, start + offset, shape, BLOCKS[kind], _decoder(kind))
+        rows = block_rows(bytes_of, start + offset, shape, BLOCKS[kind], decoder(kind))
         tensors[name] = Tensor(name, shape, dtype, kind, rows)
     return Gguf(architecture, metadata, tensors)
 
@@ -221,7 +222,8 @@ def _architecture(header, metadata):
     return found
 
 
-def _decoder(kind):
+def decoder(kind: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What makes numbers of the bytes of whole blocks, both [n]."""
     if kind in PLAIN:
         return methodcaller("view", PLAIN[kind])
     return lambda raw: _dequantized(raw, kind)

@@ -17,11 +17,12 @@ error is weighted by the values themselves where ours is not.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
-from lmx.formats.gguf import BLOCKS, CHUNK, PLAIN
+from lmx.formats.gguf import BLOCKS, CHUNK, PLAIN, decoder
 
 SCALED = {"Q4_0": (4, 1, 1), "Q5_0": (5, 1, 1), "Q8_0": (8, 1, 1), "Q3_K": (3, 16, 31), "Q6_K": (6, 16, 127)}
 AFFINE = {"Q4_1": (4, 1, 1), "Q5_1": (5, 1, 1), "Q2_K": (2, 16, 15), "Q4_K": (4, 8, 63), "Q5_K": (5, 8, 63)}
@@ -68,8 +69,9 @@ def quantize(x: np.ndarray, kind: str, importance: np.ndarray | None = None) -> 
 
     Args:
       x: [.., n] float32, n a multiple of the type's block: 256 values for types with K, 32 for others with Q.
-      importance: [n], from 0: an error in column j counts importance[j] times. Plain types round each value to
-        the nearest with or without. Without it, types without K are llama.cpp's, byte for byte.
+      importance: [n], from 0: an error in column j counts importance[j] times; or [.., n], of each matrix of x its
+        own. Plain types round each value to the nearest with or without. Without it, types without K are llama.cpp's,
+        byte for byte.
     Raises: ValueError for another shape or type, for values that are not finite, and for those beyond 65,504 unless
       the type is F32 or BF16: scales are float16.
     """
@@ -83,16 +85,20 @@ def quantize(x: np.ndarray, kind: str, importance: np.ndarray | None = None) -> 
         )
     if importance is not None:
         importance = np.asarray(importance, np.float32)
-        if importance.shape != x.shape[-1:] or not (np.isfinite(importance) & (importance >= 0)).all():
+        if (
+            importance.shape not in (x.shape[-1:], x.shape[:-2] + x.shape[-1:])
+            or not (np.isfinite(importance) & (importance >= 0)).all()
+        ):
             raise ValueError(f"importance is not one number from 0 for each of {x.shape[-1]} columns")
-        importance = importance / max(importance.max(initial=0), TINY)
+        importance = importance / np.maximum(importance.max(-1, keepdims=True, initial=0), TINY)
+        importance = importance.reshape(-1, x.shape[-1] // n_values, n_values)
     blocks = x.reshape(-1, n_values)
     found = np.empty((len(blocks), n_bytes), np.uint8)
     step = CHUNK // n_values
     for i in range(0, len(blocks), step):
         piece = blocks[i : i + step]
         _check(piece, kind)
-        weights = None if importance is None else _of_blocks(importance.reshape(-1, n_values), i, len(piece))
+        weights = None if importance is None else _of_blocks(importance, x.shape[-2:-1], i, len(piece))
         found[i : i + step] = _encoded(piece, kind, weights)
     return found.reshape(*x.shape[:-1], x.shape[-1] // n_values * n_bytes)
 
@@ -105,9 +111,10 @@ def _check(x, kind):
         raise ValueError(f"a value of {largest:.3g} is too large for {kind}; use BF16 or F32")
 
 
-def _of_blocks(importance, first, n):
-    """Of the columns that n blocks from the first hold; a row's blocks repeat in the next row."""
-    return importance[np.arange(first, first + n) % len(importance)]
+def _of_blocks(importance, rows, first, n):
+    """Of the columns that n blocks from the first hold; a row's blocks repeat in the next row of its matrix."""
+    row, at = np.divmod(np.arange(first, first + n), importance.shape[1])
+    return importance[row // math.prod(rows) % len(importance), at]
 
 
 def _encoded(x, kind, weights):
@@ -122,11 +129,10 @@ def _encoded(x, kind, weights):
     return np.concatenate([field.reshape(len(x), -1).view(np.uint8) for field in fields], 1)
 
 
-def rounded(x: np.ndarray, kind: str) -> np.ndarray:
-    """What a file of this type gives back of rows [.., n] float32."""
-    if kind in PLAIN:
-        return x.astype(PLAIN[kind]).astype(np.float32)
-    return coded(x.reshape(-1, x.shape[-1]), kind).values().reshape(x.shape)
+def rounded(x: np.ndarray, kind: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """What a file of this type gives back of rows [.., n], float32. Args and raises: as `quantize`."""
+    raw = quantize(x, kind, importance)
+    return decoder(kind)(raw.reshape(-1)).astype(np.float32).reshape(x.shape)
 
 
 class Coded(NamedTuple):

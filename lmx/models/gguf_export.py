@@ -67,14 +67,14 @@ def save(
       context: tokens the model reads at once.
       bos_id: of a token that begins texts for others, where the tokenizer has none because the model's do not.
       like: the model_type of the family to try first.
-      importance: by tensor name, as `formats.gguf_blocks.quantize` takes it.
+      importance: by path, as `lmx.adapt.importance` finds it.
     Raises: ValueError for a model or tokenizer that llama.cpp computes otherwise, by name, and for weights that are
       not finite; OSError.
     """
     path = Path(path)
     if kind not in BLOCKS:
         raise ValueError(f"type {kind!r:.99} is none of {', '.join(BLOCKS)}")
-    params = jax.tree.map(dense, params, is_leaf=lambda w: isinstance(w, Weight))
+    params = weight_map.stacked(jax.tree.map(dense, params, is_leaf=lambda w: isinstance(w, Weight)))
     first = sorted(ARCHITECTURES, key=lambda name: ARCHITECTURES[name] != like)
     tries = {name: partial(_as_architecture, name, config, context) for name in first}
     metadata, entries, divisors = pretrained.first_same(
@@ -91,12 +91,23 @@ def save(
     offset = config.norm.offset
     params = tree.map_at(lambda _, x: x + offset, params, "*norm*/scale") if offset else params
     arrays = itertools.chain(weight_map.dump(entries, params, np.dtype(np.float32)), divisors.items())
-    gguf_write.write(path, metadata, layout, arrays, importance)
+    gguf_write.write(path, metadata, layout, arrays, _by_tensor(entries, importance or {}))
     return {
         name: x
         for name, (shape, x) in layout.items()
         if is_rounded(name, shape) and shape[-1] % BLOCKS[kind][0]
     }
+
+
+def _by_tensor(entries: list[Entry], importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Their tensors have our inputs as their columns, in our order; those that join ours read the same."""
+    found = {}
+    for entry in entries:
+        if entry.ours in importance:
+            mine = importance[entry.ours]
+            places = np.ndindex(*mine.shape[: entry.n_leading])
+            found |= {name: mine[place] for name, place in zip(entry.names(mine.shape), places)}
+    return found
 
 
 def _shapes(params):

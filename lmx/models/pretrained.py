@@ -231,6 +231,7 @@ def save(
     dtype = dtype or like.get("dtype") or like.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; use {', '.join(DTYPES)}")
+    params = weight_map.stacked(params)
     entries, leaves = family.entries(config), tree.nodes(params, Weight)
     weight_map.theirs(entries, params)
     codes: dict[str, Any] = {}

@@ -22,7 +22,7 @@ import regex
 
 from lmx import tree
 from lmx.formats import Tensor, Wanted, codes
-from lmx.formats.codes import Scheme
+from lmx.formats.codes import DENSE, Scheme
 from lmx.models import weight_map
 from lmx.models.families import Fields
 from lmx.models.weight_map import Entry
@@ -327,7 +327,7 @@ def _to_gptq(schemes: Mapping[str, Scheme], leaves: Mapping[str, Any], entries) 
 
 def _scheme(found: list[Any], entry: Entry, layout: str) -> Scheme:
     """How the layout holds leaves that one of their tensors joins along outputs."""
-    dense = "make it dense (lmx.weights.dense)"
+    dense = f"make it dense ({DENSE})"
     for w in found:
         if isinstance(w, Weight) and not isinstance(w, Quantized):
             raise ValueError(
@@ -342,7 +342,7 @@ def _scheme(found: list[Any], entry: Entry, layout: str) -> Scheme:
     if len({*map(_settings, found)}) > 1:
         raise ValueError(
             f"{entry.theirs} joins them, but they are not quantized alike; quantize them with the same settings, or "
-            "make them all dense (lmx.weights.dense)"
+            f"make them all dense ({DENSE})"
         )
     return codes.scheme_of(found[0], layout, sum(w.shape[-1] for w in found))
 

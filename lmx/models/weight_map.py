@@ -20,6 +20,7 @@ import numpy as np
 
 from lmx import tree
 from lmx.formats import Tensor, Wanted
+from lmx.formats.codes import DENSE
 from lmx.weights import Weight
 
 LEADING = ("{layer}", "{expert}")
@@ -140,6 +141,19 @@ def load(entries: Iterable[Entry], shapes: Any, tensors: Mapping[str, Tensor]) -
         return jax.make_array_from_callback(spec.shape, spec.sharding or one, piece)
 
     return jax.tree_util.tree_map_with_path(read, shapes)
+
+
+def stacked(params: Any) -> Any:
+    """Parameters whose layers are a tuple, as mixed precision leaves them, with these as the stack that entries name.
+
+    Raises: ValueError if the layers are not represented alike.
+    """
+    blocks = params["blocks"]
+    if not isinstance(blocks, tuple):
+        return params
+    if len({*map(jax.tree.structure, blocks)}) > 1:
+        raise ValueError(f"blocks: its layers are quantized in several ways; make them all dense ({DENSE})")
+    return {**params, "blocks": tree.stack(blocks)}
 
 
 def dump(entries: Iterable[Entry], params: Any, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

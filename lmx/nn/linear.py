@@ -29,11 +29,14 @@ def weight(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> Array 
 
 
 class Inputs(NamedTuple):
-    """What a matrix was multiplied by: the sum of x x^T, the largest |x| of each input, and their number, float32."""
+    """What a matrix was multiplied by: the sum of x x^T, the largest |x| of each input, and their number, float32.
 
-    gram: Float[Array, "d_in d_in"]
-    largest: Float[Array, " d_in"]
-    n: Float[Array, ""]
+    Of the matrices of experts each field leads with [E].
+    """
+
+    gram: Float[Array, "*E d_in d_in"]
+    largest: Float[Array, "*E d_in"]
+    n: Float[Array, "*E"]
 
 
 class Linear(nn.Module):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lmx.nn.linear import Linear, weight
+from lmx.nn.linear import Inputs, Linear, weight
 from lmx.nn.mlp import GATED, PLAIN, MlpConfig
-from lmx.ops.experts import route
+from lmx.ops.experts import Sent, hidden, route, send
+from lmx.ops.grouped import grams
 from lmx.weights import dense
 
 
@@ -84,18 +86,36 @@ class Experts(nn.Module):
         c, D = self.config, x.shape[-1]
         F = c.width(D)
         up, down = (c.n_experts, D, F), (c.n_experts, F, D)
-        gated = c.activation in GATED
-        into = [Stack(up, self.std, name=name)() for name in (("gate", "up") if gated else ("up",))]
-        out = Stack(down, self.out_std, name="down")()
-        return self.mix(x, ids, weights, tuple(into), out, (GATED | PLAIN)[c.activation])
+        activation = (GATED | PLAIN)[c.activation]
+        sent = partial(send, x, ids, c.n_experts)
+        names = ("gate", "up") if c.activation in GATED else ("up",)
+        into = tuple(Stack(up, self.std, name=name)(sent) for name in names)
+
+        def between():
+            return sent()._replace(rows=hidden(sent(), into, activation))
+
+        out = Stack(down, self.out_std, name="down")(between)
+        return self.mix(x, ids, weights, into, out, activation)
 
 
 class Stack(nn.Module):
-    """The matrices of all experts as one float32 array `w` [E, d_in, d_out], drawn from N(0, std^2)."""
+    """The matrices of all experts as one float32 array `w` [E, d_in, d_out], drawn from N(0, std^2).
+
+    reads: what each of them is multiplied by, of which it says, as `Linear` does, what it is like: `Inputs` [E, ...].
+    """
 
     shape: tuple[int, int, int]
     std: float
 
     @nn.compact
-    def __call__(self) -> Float[Array, "E d_in d_out"]:
+    def __call__(self, reads: Callable[[], Sent]) -> Float[Array, "E d_in d_out"]:
+        if self.is_mutable_collection("stats") and not self.is_initializing():
+            self.put_variable("stats", "w", _inputs(reads()))
         return dense(weight(self, "w", nn.initializers.normal(self.std), self.shape))
+
+
+def _inputs(sent: Sent) -> Inputs:
+    rows, (E,) = sent.rows.astype(jnp.float32), sent.sizes.shape
+    mine = jnp.repeat(jnp.arange(E), sent.sizes, total_repeat_length=len(rows))
+    largest = jnp.zeros((E, rows.shape[1])).at[mine].max(jnp.abs(rows))
+    return Inputs(grams(rows, rows, sent.sizes), largest, sent.sizes.astype(jnp.float32))

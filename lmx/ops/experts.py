@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +56,36 @@ def mix(
 
     activation: of as many arguments as `into` has matrices: act(up x), or act(gate x, up x).
     """
+    sent = send(x, ids, out.shape[0])
+    y = checkpoint_name(grouped(hidden(sent, into, activation), out, sent.sizes), PRODUCT)
+    y = _permute(y, sent.back, sent.order).reshape(*ids.shape, x.shape[-1])
+    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
+
+
+class Sent(NamedTuple):
+    """rows: copies of tokens, those of each expert together; sizes: how many each has; rows = copies[order], and back
+    is the inverse of order."""
+
+    rows: Float[Array, "M D"]
+    sizes: Int[Array, " E"]
+    order: Int[Array, " M"]
+    back: Int[Array, " M"]
+
+
+def send(x: Float[Array, "B T D"], ids: Int[Array, "B T k"], n_experts: int) -> Sent:
+    """A copy of each token for each of its experts."""
     (B, T, D), k = x.shape, ids.shape[-1]
     ids = ids.reshape(-1)
     order = jnp.argsort(ids, stable=True)
     back = jnp.argsort(order)
-    sizes = jnp.sum(jax.nn.one_hot(ids, out.shape[0], dtype=jnp.int32), axis=0)
+    sizes = jnp.sum(jax.nn.one_hot(ids, n_experts, dtype=jnp.int32), axis=0)
     copies = jnp.broadcast_to(x[:, :, None], (B, T, k, D)).reshape(-1, D)
-    copies = _permute(copies, order, back)
-    hidden = activation(*(checkpoint_name(grouped(copies, w, sizes), PRODUCT) for w in into))
-    y = checkpoint_name(grouped(hidden, out, sizes), PRODUCT)
-    y = _permute(y, back, order).reshape(B, T, k, D)
-    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=2)
+    return Sent(_permute(copies, order, back), sizes, order, back)
+
+
+def hidden(sent: Sent, into: tuple[Float[Array, "E D F"], ...], activation: Callable) -> Float[Array, "M F"]:
+    """What `out` of each expert reads."""
+    return activation(*(checkpoint_name(grouped(sent.rows, w, sent.sizes), PRODUCT) for w in into))
 
 
 def pick(mesh: Mesh | None = None) -> Callable:

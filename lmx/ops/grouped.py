@@ -36,10 +36,15 @@ def _grouped_forward(x, w, sizes):
 def _grouped_backward(kept, g):
     x, w, sizes = kept
     g = g.astype(x.dtype)
-    return _rows(g, w, sizes, over=2), _grams(x, g, sizes).astype(w.dtype), None
+    return _rows(g, w, sizes, over=2), grams(x, g, sizes).astype(w.dtype), None
 
 
 grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def grams(x: Float[Array, "M K"], g: Float[Array, "M N"], sizes: Int[Array, E]) -> Float[Array, "E K N"]:
+    """x^T g of each group's rows, in float32; 0 where it has none."""
+    return lax.platform_dependent(x, g, sizes, cpu=grams_by_blocks, default=grams_by_ragged_dot)
 
 
 def _rows(x, w, sizes, over):
@@ -51,10 +56,6 @@ def _rows(x, w, sizes, over):
         cpu=lambda x, w, sizes: rows_by_blocks(x, w, sizes, over),
         default=lambda x, w, sizes: rows_by_ragged_dot(x, w, sizes, over),
     )
-
-
-def _grams(x, g, sizes):
-    return lax.platform_dependent(x, g, sizes, cpu=grams_by_blocks, default=grams_by_ragged_dot)
 
 
 def rows_by_ragged_dot(x, w, sizes, over):

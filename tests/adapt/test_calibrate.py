@@ -1,10 +1,12 @@
 """Quantization that looks at inputs, against float64 written from the papers, and what it may never do."""
 
+from dataclasses import replace
 from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_model
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,13 +28,16 @@ from lmx.adapt import (
     Rounded,
     Smooth,
     calibrate,
+    importance,
 )
 from lmx.adapt.gptq import gptq, lost
-from lmx.models import layers, unstacked
-from lmx.nn import Inputs
+from lmx.adapt.matrices import found
+from lmx.models import build, layers, unstacked
+from lmx.nn import Inputs, MoeConfig
 from lmx.weights import LowRank, Masked, Quantized, Rotated, Scaled, dense
 
 LAYERS = layers(CONFIG)
+MIXTURE = build(replace(CONFIG, mlp=MoeConfig(d_ff=24, n_experts=4)))
 MANY = jax.random.randint(jax.random.key(3), (16, 24), 0, 40)
 
 
@@ -255,6 +260,81 @@ def test_layers_of_different_bits_decode_one_by_one():
     apart = unstacked(mixed)
     assert [layer["attn"]["q"]["w"].bits for layer in apart["blocks"]] == [4, 8]
     np.testing.assert_allclose(logits(apart), logits(mixed), atol=2e-3)  # by inputs of 16 bits
+
+
+def with_experts():
+    """Two layers of four experts; of the first, the last expert's logit is never above that of the one before it."""
+    params = MIXTURE.init(jax.random.key(5))
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    router = params["blocks"]["mlp"]["router"]["w"]
+    v = router[0, :, 0]
+    routed = router.at[0].set(jnp.stack([v, -v, 0 * v, 0 * v], 1))
+    params["blocks"]["mlp"]["router"]["w"] = routed
+    return params
+
+
+def experts(params, matrix):
+    return params["blocks"]["mlp"]["experts"][matrix]["w"]
+
+
+@pytest.mark.parametrize("name", ["awq gptq", "smooth w8a8", "w8a8 calibrated"])
+def test_each_expert_is_quantized_for_the_tokens_that_it_gets(name):
+    before = with_experts()
+    found = calibrate(layers(MIXTURE.config), before, MANY, METHODS[name])
+    assert len(found.lost) == 14 and all(0 < x < 0.2 for x in found.lost.values()), found.lost
+    for matrix in ("up", "gate", "down"):
+        made, w = experts(found.params, matrix), experts(before, matrix)
+        assert isinstance(made, Scaled | Quantized) and made.shape == w.shape
+        apart = np.asarray(dense(made) - w)
+        assert (np.square(apart).sum((-1, -2)) < 0.1 * np.square(w).sum((-1, -2))).all()  # of each expert
+
+
+def test_experts_lose_less_than_by_rounding_and_one_that_no_token_reached_is_rounded():
+    before = with_experts()
+    plain, found = (
+        calibrate(layers(MIXTURE.config), before, MANY, METHODS[name]) for name in ("rounded", "gptq")
+    )
+    for path in ("up/w", "gate/w", "down/w"):
+        path = f"blocks/0/mlp/experts/{path}"
+        assert found.lost[path] < 0.8 * plain.lost[path], path
+    idle = [np.asarray(dense(experts(x.params, "up")))[0, 3] for x in (plain, found)]
+    np.testing.assert_array_equal(*idle)
+    assert np.abs(idle[0]).min(0).max() > 0
+    with pytest.raises(ValueError, match="blocks/mlp/router/w: its inputs are not known here; leave it out"):
+        calibrate(layers(MIXTURE.config), before, MANY, METHODS["gptq"], where="blocks/*")
+
+
+def test_what_an_expert_stands_on_is_quantized_below_it():
+    params = Rotate(where="*experts/*")(with_experts(), KEY)
+    made = calibrate(layers(MIXTURE.config), params, MANY, METHODS["gptq"])
+    up = experts(made.params, "up")
+    assert isinstance(up, Rotated) and isinstance(up.base, Quantized) and max(made.lost.values()) < 0.05
+
+
+def test_importance_is_the_mean_square_of_inputs(monkeypatch):
+    """Against a model in numpy, by what its products read."""
+    params, read = fresh(), {}
+    paths = {
+        np.asarray(w[i]).tobytes(): (path, i) for path, w in found(params["blocks"]).items() for i in (0, 1)
+    }
+
+    def linear(w, x):
+        path, i = paths[w["w"].astype(np.float32).tobytes()]
+        read.setdefault(path, [[], []])[i].append(x)
+        return x @ w["w"]
+
+    monkeypatch.setattr(numpy_model, "_linear", linear)
+    numpy_model.logits(params, CONFIG, MANY[:6])
+    got = importance(LAYERS, params, MANY[:6], batch_size=4)
+    assert got.keys() == {f"blocks/{path}" for path in read} and len(got) == 7
+    for path, layers_of in read.items():
+        want = np.stack([np.square(np.concatenate(rows)).mean(0) for rows in layers_of])
+        np.testing.assert_allclose(got[f"blocks/{path}"], want, rtol=1e-4)
+    mixture = importance(layers(MIXTURE.config), with_experts(), MANY[:6])
+    assert mixture["blocks/mlp/experts/down/w"].shape == (2, 4, 24)
+    assert (mixture["blocks/mlp/experts/up/w"][0, 3] == 1).all() and (
+        mixture["blocks/mlp/experts/up/w"] > 0
+    ).all()
 
 
 def unstacked_plain(params):

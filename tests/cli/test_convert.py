@@ -10,7 +10,7 @@ import pytest
 
 from lmx import artifact, cli
 from lmx.data import Word
-from lmx.formats import safetensors
+from lmx.formats import gguf, safetensors
 
 FAMILIES = Path(__file__).parents[1] / "models" / "families"
 TEXT = "the river carries boats past old mills नदी नावों को ले जाती है"
@@ -133,6 +133,25 @@ def test_a_gguf_file_of_a_run_and_of_a_released_model(run, released, tmp_path, l
     assert "rows that Q4_K does not divide into blocks, and are Q5_0 or Q8_0 in its place" in told
     assert "kind word has no counterpart in llama.cpp" in refused("convert", released, tmp_path / "w.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "exact.gguf", "k.gguf", "released"]
+
+
+def test_a_gguf_file_loses_least_where_a_texts_inputs_are_large(run, tmp_path, lmx, refused):
+    (folder, _), plain, seen = run, tmp_path / "plain.gguf", tmp_path / "seen.gguf"
+    text = ("--calibration", "hindi.txt", "--samples", "4", "--length", "16")
+    with pytest.warns(UserWarning, match="join letters"):
+        lmx("convert", folder, plain, "--type", "Q4_0")
+        lmx("convert", folder, seen, "--type", "Q4_0", *text)
+    a, b = (gguf.read(path).tensors for path in (plain, seen))
+    differ = {name for name in a if (a[name].read() != b[name].read()).any()}
+    parts = [*(f"attn_{x}" for x in ("q", "k", "v", "output")), *(f"ffn_{x}" for x in ("up", "gate", "down"))]
+    assert differ == {f"blk.0.{part}.weight" for part in parts}
+    assert "The" in lmx("generate", seen, "The", "--max-tokens", "3")
+    out = tmp_path / "out.gguf"
+    assert "says nothing to --type F16" in refused("convert", folder, out, *text)
+    assert "--calibration is of GGUF files" in refused("convert", folder, tmp_path / "out", *text)
+    assert "no-such.txt" in refused("convert", folder, out, "--type", "Q4_0", "--calibration", "no-such.txt")
+    told = refused("convert", folder, out, "--type", "Q4_0", *text[:2], "--length", "99999")
+    assert "give a longer text or a shorter --length" in told and not out.exists()
 
 
 def test_mistakes_about_gguf_are_told(released, tmp_path, refused):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,13 @@ import pytest
 
 from lmx import tree
 from lmx.adapt import Int8
+from lmx.adapt.matrices import found
+from lmx.cli.quantize import METHODS, UNSEEING
+from lmx.data import Word
+from lmx.formats import safetensors
 from lmx.run import trained
 from lmx.train import stored
-from lmx.weights import LowRank, Quantized, dense
+from lmx.weights import LowRank, Quantized, Weight, dense
 
 SMALL = ("--length", "16", "--samples", "4", "--windows", "3")
 
@@ -71,6 +76,28 @@ def test_methods_without_data_say_how_near_they_stay(run, lmx, tmp_path):
     assert lmx("generate", tmp_path / "all", "The", "--max-tokens", "2")
 
 
+def test_a_folder_for_others_holds_what_no_layout_does_as_plain_numbers(run, lmx, refused, tmp_path):
+    """The embedding by itself; all else when it is asked for. Both folders are the quantized model, read back."""
+    base, eight, awq = run[0], tmp_path / "eight", tmp_path / "awq"
+    lmx("quantize", base, eight, "--embed")
+    assert "the embedding is written as plain numbers" in lmx("convert", eight, tmp_path / "codes")
+    kept = safetensors.read(tmp_path / "codes")
+    assert kept["model.embed_tokens.weight"].stored == "F32"
+    assert kept["model.layers.0.mlp.up_proj.weight_scale"].stored and len(kept) > 10
+    assert "embedding" not in lmx("convert", eight, tmp_path / "dense", "--layout", "dense")
+    assert {x.stored for x in safetensors.read(tmp_path / "dense").values()} == {"F32"}
+    lmx("quantize", base, awq, "--method", "awq", "--calibration", "hindi.txt", *SMALL)
+    assert "it is Scaled, which no layout holds; merge it" in (
+        told := refused("convert", awq, tmp_path / "no")
+    )
+    assert "--layout dense of `lmx convert`" in told
+    lmx("convert", awq, tmp_path / "scaled", "--layout", "dense")
+    for made, folder in ((eight, "codes"), (eight, "dense"), (awq, "scaled")):
+        np.testing.assert_allclose(logits(trained(tmp_path / folder)), logits(trained(made)), atol=1e-4)
+    said = "--layout dense: no matrix of this model is quantized"
+    assert said in refused("convert", base, tmp_path / "no", "--layout", "dense")
+
+
 def test_mixed_precision_keeps_layers_apart(run, lmx, tmp_path):
     lmx("quantize", run[0], tmp_path / "mixed", "--method", "mixed", "--bits", "3.5", "--group-size", "16",
         "--calibration", "english.txt", *SMALL)  # fmt: skip
@@ -93,6 +120,92 @@ def test_the_frontier_goes_on_where_it_was(run, lmx, refused, tmp_path, monkeypa
     monkeypatch.setattr(frontier, "FRONTIER", some | {"nf4": every["nf4"]})
     assert lmx(*words).count("perplexity") == 1
     assert "other settings" in refused(*words, "--embed")
+
+
+def test_the_frontier_of_a_text_that_has_changed_is_refused(run, lmx, refused, tmp_path, monkeypatch):
+    from lmx.cli import frontier
+
+    monkeypatch.setattr(frontier, "FRONTIER", {"bf16": frontier.FRONTIER["bf16"]})
+    texts = {name: tmp_path / f"{name}.txt" for name in ("seen", "judged")}
+    for path in texts.values():
+        shutil.copy("hindi.txt", path)
+    words = (
+        "quantize",
+        run[0],
+        tmp_path / "f",
+        "--frontier",
+        "--calibration",
+        texts["seen"],
+        "--text",
+        texts["judged"],
+    )
+    assert lmx(*words, *SMALL).count("perplexity") == 1
+    assert lmx(*words, *SMALL).count("perplexity") == 0
+    for path in texts.values():
+        kept = path.read_text("utf-8")
+        shutil.copy("english.txt", path)
+        assert "other settings or texts" in refused(*words, *SMALL)
+        path.write_text(kept, "utf-8")
+    assert lmx(*words, *SMALL).count("perplexity") == 0
+
+
+FAMILIES = Path(__file__).parents[1] / "models" / "families"
+
+
+def of_family(name, folder, lmx):
+    """A tiny random model as others release it, as a run."""
+    shutil.copytree(FAMILIES / name, folder / name, ignore=shutil.ignore_patterns("expected.*"))
+    Word(40).train([Path("english.txt").read_text("utf-8")]).save(folder / name)
+    lmx("convert", folder / name, folder / "run")
+    return folder / "run"
+
+
+def quantized_as(method, base, out, lmx):
+    """Relative error of logits against the model it came from; the result also decodes."""
+    text = () if method in UNSEEING else ("--calibration", "english.txt")
+    said = ("--bits", "3.5") if method == "mixed" else ()
+    lmx("quantize", base, out, "--method", method, "--embed", *text, *said, *SMALL[:4])
+    made, was = (trained(folder) for folder in (out, base))
+    matrices = {path: w for path, w in found(made.params).items() if "router" not in path}
+    assert all(isinstance(w, Weight) for w in matrices.values()) or method == "bf16"
+    assert "The" in lmx("generate", out, "The", "--max-tokens", "2")
+    a, b = (np.asarray(logits(x), np.float64) for x in (made, was))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "qwen3-moe"])
+def test_every_method_on_every_shape_of_model(family, method, lmx, tmp_path):
+    """Biases and learned positions; a tied embedding that is scaled, and windows; experts."""
+    base = of_family(family, tmp_path, lmx)
+    limit = 0.1 if method in ("bf16", "fp8", "int8", "w8a8", "smooth") else 0.6
+    assert 0 < quantized_as(method, base, tmp_path / "out", lmx) < limit
+
+
+def test_gptq_on_experts_and_w8a8_on_biases(lmx, tmp_path):
+    for family, method in (("qwen3-moe", "gptq"), ("gpt2", "w8a8")):
+        folder = tmp_path / family
+        folder.mkdir()
+        assert 0 < quantized_as(method, of_family(family, folder, lmx), folder / "out", lmx) < 0.6
+    w = trained(tmp_path / "qwen3-moe" / "out").params["blocks"]["mlp"]["experts"]["down"]["w"]
+    assert isinstance(w, Quantized) and w.bits == 4 and w.order.shape == w.shape[:-1]
+
+
+def test_layers_of_different_bits_are_written_as_plain_numbers(run, lmx, refused, tmp_path):
+    base = of_family("gpt2", tmp_path, lmx)
+    mixed, out = tmp_path / "mixed", tmp_path / "folder"
+    model = trained(base)
+    with pytest.MonkeyPatch.context() as at:  # whatever is measured: the first layer 3 bits, the second 4
+        at.setattr("lmx.adapt.spend", lambda losses, bits: (3, 4))
+        lmx("quantize", base, mixed, "--method", "mixed", "--calibration", "english.txt", *SMALL[:4])
+    assert isinstance(trained(mixed).params["blocks"], tuple)
+    assert "blocks: its layers are quantized in several ways; make them all dense" in refused(
+        "convert", mixed, out
+    )
+    lmx("convert", mixed, out, "--layout", "dense")
+    np.testing.assert_allclose(logits(trained(out)), logits(trained(mixed)), atol=1e-4)
+    assert np.abs(logits(trained(out)) - logits(model)).max() > 1e-2
 
 
 def test_adapters_on_a_quantized_base_are_all_that_is_saved(four, folder, lmx, refused, tmp_path):

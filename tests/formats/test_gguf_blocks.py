@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lmx.formats.gguf import BLOCKS
-from lmx.formats.gguf_blocks import AFFINE, SCALED, coded, quantize
+from lmx.formats.gguf_blocks import AFFINE, SCALED, coded, quantize, rounded
 
 RNG = np.random.default_rng(0)
 CODED = [*SCALED, *AFFINE]
@@ -87,6 +87,26 @@ def test_pieces_and_rows_do_not_touch_each_other(kind):
     for row in (0, 300, 599):
         assert (quantize(x[row], kind, importance) == whole[row]).all()
     assert (quantize(np.asfortranarray(x), kind, importance) == whole).all()
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_each_matrix_of_a_stack_may_have_an_importance(kind):
+    x = RNG.normal(size=(2, 3, 5, 512)).astype(np.float32)
+    importance = RNG.random((2, 3, 512)).astype(np.float32) ** 4
+    whole = quantize(x, kind, importance)
+    for place in np.ndindex(2, 3):
+        assert (whole[place] == quantize(x[place], kind, importance[place])).all()
+    with pytest.raises(ValueError, match="importance is not one number from 0"):
+        quantize(x, kind, importance[0])
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_rounded_is_what_the_file_gives_back(kind):
+    x = RNG.normal(size=(3, 4, 768)).astype(np.float32)
+    importance = RNG.random(768).astype(np.float32)
+    for asked in (None, importance):
+        want = decoded(quantize(x, kind, asked), kind) if kind in CODED else x.astype(PLAIN[kind])
+        np.testing.assert_array_equal(rounded(x, kind, asked), want.astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

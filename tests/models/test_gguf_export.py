@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from llama_cpp import LlamaCpp
 
+from lmx import adapt, tree
 from lmx.data import Bpe, Byte, ChatTemplate
 from lmx.formats import gguf, safetensors
-from lmx.models import build, gguf_export, pretrained
+from lmx.models import build, gguf_export, layers, pretrained
 from lmx.models.families import FAMILIES, Fields
 
 FOLDER = Path(__file__).parent / "families"
@@ -196,16 +197,32 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_importance_lowers_the_error_of_its_tensor(tmp_path):
-    config, params = small("llama")
-    weights = np.asarray(params["blocks"]["mlp"]["up"]["w"][0]).T
-    importance = np.random.default_rng(0).random(256).astype(np.float32) ** 8
+WITH_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    "family, more", [("llama", {}), ("gpt2", {}), ("phi3", {}), ("mixtral", WITH_EXPERTS)]
+)
+def test_importance_reaches_the_tensor_and_the_surgery_is_the_file(family, more, tmp_path):
+    """Joined and turned matrices and those of experts: the error that a text's inputs weigh falls in each."""
+    config, params = small(family, **more)
+    tokens = np.random.default_rng(0).integers(0, 320, (4, 32))
+    found = adapt.importance(layers(config), params, tokens)
     errors = []
-    for given in ({}, {"blk.0.ffn_up.weight": importance}):
-        found, _ = saved(tmp_path / "a.gguf", config, params, kind="Q4_K", importance=given)
-        off = found.tensors["blk.0.ffn_up.weight"].read() - weights
-        errors.append((importance * off**2).sum())
-    assert errors[1] < 0.9 * errors[0]
+    for given in ({}, found):
+        file, _ = saved(tmp_path / "a.gguf", config, params, like=family, kind="Q4_K", importance=given)
+        read = pretrained.load(file)
+        made = adapt.Gguf("Q4_K", importance=given)(params, jax.random.key(0))
+        off = {}
+        for path in found:
+            of_file, of_surgery, w = (tree.nodes(x)[path] for x in (read, made, params))
+            off[path] = float((found[path][..., None] * (of_file - w) ** 2).sum())
+            if not path.endswith("router/w"):
+                np.testing.assert_array_equal(of_file, of_surgery)
+        errors.append(off)
+    assert found.keys() >= {"blocks/attn/q/w", "blocks/attn/o/w"}
+    for path, plain in errors[0].items():
+        assert errors[1][path] < 0.99 * plain or path.endswith("router/w"), path
 
 
 YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

@@ -114,3 +114,25 @@ def test_a_block_with_experts_rebuilds_from_its_text():
     assert values.override(config, {"mlp.top_k": "2"}).mlp.top_k == 2
     assert values.override(config, {"mlp": "MoeConfig(n_experts=16)"}).mlp == MoeConfig(n_experts=16)
     assert isinstance(module(), Moe)
+
+
+def test_each_expert_says_what_reached_it():
+    """Grams, extents and counts in float64, by a router of numpy's; the last expert gets no token."""
+    params = init()
+    params["router"]["w"] = params["router"]["w"].at[:, 3].set(-9.0)
+    tokens = jnp.abs(x())
+    _, found = module().apply({"params": params}, tokens, mutable=["stats"])
+    rows = np.asarray(tokens, np.float64).reshape(-1, 8)
+    up, gate = (np.asarray(params["experts"][name]["w"], np.float64) for name in ("up", "gate"))
+    chosen = np.argsort(-rows @ np.asarray(params["router"]["w"], np.float64), axis=1)[:, :2]
+    for e in range(4):
+        mine = rows[(chosen == e).any(1)]
+        a = mine @ gate[e]
+        for name, read in (("up", mine), ("gate", mine), ("down", a / (1 + np.exp(-a)) * (mine @ up[e]))):
+            inputs = found["stats"]["experts"][name]["w"]
+            np.testing.assert_allclose(inputs.gram[e], read.T @ read, rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(
+                inputs.largest[e], np.abs(read).max(0, initial=0), rtol=1e-5, atol=1e-5
+            )
+            assert inputs.n[e] == len(mine)
+    assert len(mine) == 0 and inputs.n.sum() == 2 * len(rows)
