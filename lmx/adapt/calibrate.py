@@ -41,10 +41,11 @@ Method = Callable[[dict[str, Array], Inputs], dict[str, Weight]]
 
 @dataclass(frozen=True)
 class Gptq:
-    """See `lmx.adapt.gptq`; a matrix that it brings nothing is rounded plainly. act_order: rows by falling size of their input; costs a gather at each use.
+    """See `lmx.adapt.gptq`. A matrix of which it loses more than plain rounding does is rounded plainly.
 
-    damp: share of the mean of H's diagonal that is added to it. clip: whether the largest of a group may lie outside
-    its grid where the sum of squares then is smaller.
+    act_order: rows by falling size of their input; costs a gather at each use. damp: share of the mean of H's diagonal
+    that is added to it. clip: whether the largest of a group may lie outside its grid where the sum of squares then is
+    smaller.
     """
 
     bits: int = 4

@@ -147,8 +147,8 @@ def _factor(gram, damp):
 
 @jax.jit
 def lost(
-    w: Float[Array, "d_in d_out"], other: Float[Array, "d_in d_out"], gram: Float[Array, "d_in d_in"]
+    w: Float[Array, "*E d_in d_out"], other: Float[Array, "*E d_in d_out"], gram: Float[Array, "*E d_in d_in"]
 ) -> Array:
-    """|X (w - other)|^2 / |X w|^2: the share of the output that changes, float32."""
+    """|X (w - other)|^2 / |X w|^2: the share of the output that changes, float32; of experts, of them together."""
     apart = w - other
     return (apart * (gram @ apart)).sum() / jnp.maximum((w * (gram @ w)).sum(), 1e-30)

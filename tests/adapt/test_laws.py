@@ -18,6 +18,7 @@ from lmx.adapt import (
     Dense,
     Dora,
     Fp8,
+    Gptq,
     Int4,
     Int8,
     Lora,
@@ -169,6 +170,8 @@ def seen(draw):
 
 
 METHODS = {
+    "gptq": lambda plain: Gptq(plain.bits, plain.group_size, symmetric=plain.symmetric),
+    "gptq in order": lambda plain: Gptq(plain.bits, plain.group_size, False, symmetric=plain.symmetric),
     "awq": lambda plain: Awq(plain, Rounded(plain), steps=4),
 }
 
