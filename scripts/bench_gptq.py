@@ -3,9 +3,10 @@
     python scripts/bench_gptq.py SmolLM2-135M-Instruct.gguf --calibration a.txt --text b.txt --peer /path/to/python
 
 The peer's Python has gptqmodel; it is given the very tokens that lmx sees, and its folder is read back here without
-going through floats. All results are judged by the same code on the same windows: perplexity, KL to the original in
-nats per token, and the share of rounding's perplexity gap that is closed. The embedding stays as it is in all but the
-GGUF rows.
+going through floats. GGUF rows have the numbers of a file whose errors are weighted by what the same text's inputs are
+(llama.cpp's imatrix). All results are judged by the same code on the same windows: bits for each weight of the layers,
+perplexity, KL to the original in nats per token, and the share of rounding's perplexity gap that is closed. The
+embedding stays as it is.
 """
 
 from __future__ import annotations
@@ -49,15 +50,24 @@ def main() -> None:
     from lmx.models import layers, pretrained
     from lmx.report.table import Table
     from lmx.run import trained
+    from lmx.tree import count, nbytes
 
     model, key = trained(asked.model), jax.random.key(0)
+    parts = layers(model.run.model)
     seen = windows(asked.calibration, model, asked.samples, asked.length)
     judged = windows(asked.text, model, asked.windows, asked.length)
     bits, size = asked.bits, asked.group_size
 
     def calibrated(act_order):
         method = adapt.Gptq(bits, size, act_order)
-        return adapt.calibrate(layers(model.run.model), model.params, seen, method).params
+        return adapt.calibrate(parts, model.params, seen, method).params
+
+    inputs = adapt.importance(parts, model.params, seen) if asked.gguf else {}
+    gguf = {f"GGUF {x}": adapt.Gguf(x, where=adapt.LAYERS, importance=inputs) for x in asked.gguf}
+
+    def bits_of(name, params):
+        only = {"blocks": params["blocks"]}
+        return 8 * (gguf[name].nbytes(only) if name in gguf else nbytes(only)) / count(model.params["blocks"])
 
     with tempfile.TemporaryDirectory() as folder:
         made = {
@@ -81,7 +91,7 @@ def main() -> None:
                     "tokens": seen.tolist(),
                 }
                 made[name] = lambda job=job: by_peer(asked.peer, job)
-        made |= {f"GGUF {kind}": lambda kind=kind: adapt.Gguf(kind)(model.params, key) for kind in asked.gguf}
+        made |= {name: lambda file=file: file(model.params, key) for name, file in gguf.items()}
         rows, plain = [], {}
         for name, make in made.items():
             begin = time.perf_counter()
@@ -91,11 +101,19 @@ def main() -> None:
             plain[name] = near.perplexity.value
             gap = plain.get("rounded", 0.0) - plain["original"]
             closed = (plain["rounded"] - plain[name]) / gap if "rounded" in plain else None
-            rows.append((name, near.perplexity, near.kl, near.top1, closed, seconds))
+            rows.append((name, bits_of(name, params), near.perplexity, near.kl, near.top1, closed, seconds))
             print(f"{name}: {near.perplexity}, {seconds:.0f} s", file=sys.stderr)
     for name, value in describe_machine("jax").items():
         print(f"{name:12} {value}")
-    columns = (f"{bits} bits, groups of {size}", "perplexity", "KL", "same top", "gap closed", "seconds")
+    columns = (
+        f"{bits} bits, groups of {size}",
+        "bits",
+        "perplexity",
+        "KL",
+        "same top",
+        "gap closed",
+        "seconds",
+    )
     said = f"{seen.size} calibration tokens, {judged.size} judged; seed 0"
     print(Table(columns, tuple(rows), said).text())
 
