@@ -153,18 +153,22 @@ def _page(asked: Options, done: dict):
         "have the numbers of such a file made with the calibration text, computed in float32, so that their speed is "
         "not told.",
     )  # fmt: skip
-    families = {"GGUF": "GGUF", "GPTQ": "GPTQ", "AWQ": "AWQ", "mixed": "mixed"}
-    series: dict[str, list] = {}
-    for name, row in rows.items():
-        if row["bits"] < 12:
-            family = next((f for word, f in families.items() if word in name), "rounded")
-            series.setdefault(family, []).append((row["bits"], name))
     figures = []
-    for measure, label in (("kl", "KL, nats per token"), ("perplexity", "perplexity")):
-        points = {f: [(b, of[name][measure]) for b, name in sorted(x)] for f, x in series.items()}
-        if any(points.values()):
-            svg = plots.lines_with_points(points, x_label="bits a weight", y_label=label, log_y=True)
-            figures.append(Figure(svg, f"{label}, against bits for each weight of the whole model"))
+    for label, x, better in (
+        ("bits a weight, of the whole model", "bits", "fewer"),
+        ("tokens/s of one row", "speed", "more"),
+    ):
+        for measure, unit in (("kl", "KL, nats per token"), ("perplexity", "perplexity")):
+            points: dict[str, dict] = {}
+            for name, row in rows.items():
+                if row["bits"] < 12 and row[x] is not None:
+                    family = next((f for f in ("GGUF", "AWQ", "GPTQ", "mixed") if f in name), "other")
+                    points.setdefault(family, {})[name] = row[x], of[name][measure].value
+            if points:
+                svg = plots.frontier(points, x_label=label, y_label=unit, more_x=better == "more", log_y=True)
+                figures.append(
+                    Figure(svg, f"{unit}, against {label}; the line joins what has less of one for {better}")
+                )
     problems = [f"{name}: {row['problem']}" for name, row in done["rows"].items() if "problem" in row]
     told = (Text("Left out. " + " ".join(problems), "quiet"),) if problems else ()
     return Page(

@@ -1,4 +1,4 @@
-"""Plots as SVG text: learning curves, bars with intervals, lines with points.
+"""Plots as SVG text: learning curves, bars with intervals, lines with points, frontiers.
 
 Words stay words in the SVG (`<text>`, not outlines), so the reader's browser draws them: Devanagari is shaped
 by whichever font that device has, labels can be searched, and files stay small. matplotlib only measures:
@@ -9,13 +9,14 @@ light and dark pages.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -162,6 +163,56 @@ def lines_with_points(
     return _finish(figure, axes, len(series))
 
 
+def frontier(
+    families: dict[str, dict[str, tuple[float, float]]],
+    *,
+    x_label: str = "",
+    y_label: str = "",
+    more_x: bool = False,
+    log_y: bool = False,
+    size: tuple[float, float] = (7.0, 5.0),
+) -> str:
+    """Named points (x, y), a colour for each family, and a line through those that no other beats in both.
+
+    Better is less y, and less x, or with more_x more of it.
+    Raises: ValueError if there is no finite point at all.
+    """
+    found = {k: {n: p for n, p in v.items() if all(map(math.isfinite, p))} for k, v in families.items()}
+    _need_points(families, [list(v.values()) for v in found.values()])
+    figure, axes = _canvas(size, x_label, y_label, False, log_y)
+    for i, (family, points) in enumerate(found.items()):
+        xs, ys = zip(*points.values()) if points else ((), ())
+        axes.plot(xs, ys, "os^Dv<>P"[i % 8], color=_color(i), markersize=5, label=_label(family))
+    every = [(x, y, name) for points in found.values() for name, (x, y) in points.items()]
+    best, least = [], math.inf
+    for x, y, _ in sorted(every, key=lambda p: (-p[0] if more_x else p[0], p[1])):
+        if y < least:
+            best, least = [*best, (x, y)], y
+    axes.plot(*zip(*best), color=_INK, alpha=0.4, linewidth=1, zorder=0)
+    axes.margins(x=0.18)
+    _name_points(axes, every)
+    return _finish(figure, axes, len(families))
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[float, float, str]], height: float = 9.0) -> None:
+    """Names beside points, the lower ones first, each moved up as far as it would lie on one before it."""
+    with _measuring():
+        axes.figure.draw_without_rendering()  # places the axes
+    scale, taken = 72 / axes.figure.dpi, []
+    for x, y, name in sorted(points, key=lambda p: p[1]):
+        left, middle = axes.transData.transform((x, y)) * scale
+        width, up = 4.0 * len(name) + 8, middle
+        for other, its_width, its_up in sorted(taken, key=lambda t: t[2]):
+            if left < other + its_width and other < left + width and abs(up - its_up) < height:
+                up = its_up + height
+        taken.append((left, width, up))
+        beside = axes.annotate(
+            _label(name), (x, y), (7, up - middle), textcoords="offset points", fontsize=7, color=_INK, va="center",
+            arrowprops={"arrowstyle": "-", "color": _INK, "alpha": 0.2, "linewidth": 0.5} if up > middle else None,
+        )  # fmt: skip
+        beside.set_in_layout(False)
+
+
 @functools.cache
 def devanagari_font() -> str | None:
     """The name of an installed font that has Devanagari and that matplotlib can read, or None."""
@@ -207,7 +258,9 @@ def _canvas(size, x_label: str, y_label: str, log_x: bool, log_y: bool) -> tuple
     return figure, axes
 
 
-def _finish(figure: Figure, axes: Axes, n_series: int) -> str:
+@contextlib.contextmanager
+def _measuring() -> Iterator[None]:
+    """While matplotlib looks how large words are."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -221,6 +274,11 @@ def _finish(figure: Figure, axes: Axes, n_series: int) -> str:
                 "text.usetex": False,
             }
         )
+        yield
+
+
+def _finish(figure: Figure, axes: Axes, n_series: int) -> str:
+    with _measuring():
         if n_series > 1:
             axes.legend(
                 frameon=False, fontsize=9, labelcolor=_INK, loc="lower left", bbox_to_anchor=(0, 1.0),

@@ -26,6 +26,7 @@ def each_kind() -> dict[str, str]:
             {"क्षत्रिय": Interval(1.0, 0.5, 1.5), "<b>&$x$": 2.0}, x_label="loss"
         ),
         "lines": plots.lines_with_points({"bpe": [(512, 2.0), (1024, Interval(1.5, 1.4, 1.7))]}, log_x=True),
+        "frontier": plots.frontier({"आठ": {"int8": (8.0, 1e-3)}, "4": {"चार": (4.0, 0.2)}}, log_y=True),
     }
 
 
@@ -37,6 +38,7 @@ def test_labels_stay_words_so_devanagari_and_markup_are_drawn_by_the_reader():
     assert {"rope", "alibi"} <= set(words(made["seed_curves"]))
     assert {"क्षत्रिय", "<b>&$x$"} <= set(words(made["bars"]))
     assert {"512", "1,024"} <= set(words(made["lines"]))
+    assert {"आठ", "int8", "चार"} <= set(words(made["frontier"]))
 
 
 def test_plots_are_the_same_every_time_and_share_no_ids():
@@ -69,6 +71,15 @@ def test_a_curve_is_drawn_where_its_points_are():
     (path,) = [line for line in lines if blue in line.get("style")]
     x0, y0, x1, y1 = map(float, re.findall(r"[\d.]+", path.get("d")))
     assert x1 > x0 and y1 < y0
+
+
+@pytest.mark.parametrize(("more_x", "corners"), [(False, 3), (True, 2)])
+def test_a_frontier_joins_what_no_other_beats_in_both(more_x, corners):
+    points = {"a": (1.0, 9.0), "b": (2.0, 3.0), "beaten": (3.0, 5.0), "c": (4.0, 1.0), "d": (6.0, 2.0)}
+    svg = plots.frontier({"all": points}, more_x=more_x)  # with more x: d and c
+    lines = [e.get("d") for e in ElementTree.fromstring(svg).iter() if "clip-path" in e.attrib]
+    assert max(d.count("L") for d in lines if d and "M" in d) == corners - 1
+    assert set(points) <= set(words(svg))
 
 
 def test_the_mean_over_seeds_stops_where_the_shortest_seed_stops():
