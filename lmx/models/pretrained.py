@@ -247,7 +247,7 @@ def _meaning(config: TransformerConfig) -> dict[str, Any]:
         attention=replace(a, n_kv_heads=a.kv_heads, head_dim=H, scale=scale, impl="auto"),
         mlp=replace(config.mlp, d_ff=config.mlp.width(config.d_model)),
     )
-    free = ("dropout", "init_std", "dtype", "remat", "unroll")
+    free = ("dropout", "embed_noise", "init_std", "dtype", "remat", "unroll")
     found = {f.name: getattr(settled, f.name) for f in fields(settled) if f.name not in free}
     for name in ("attention", "norm"):
         part = found.pop(name)
