@@ -283,6 +283,11 @@ def _template(tokenizer, beside, where, report) -> tuple[ChatTemplate, dict[str,
             "one that has, such as File('MODEL.gguf')"
         )
     report.note("plain_chat_template", "the tokenizer comes with none")
+    warnings.warn(
+        "the tokenizer comes without a chat template: they are as lmx.data.chat_template.PLAIN has it; "
+        "to use a released model's, name its folder or GGUF file: tokenizer=File(...)",
+        stacklevel=3,
+    )
     roles = json.dumps({role: token for role, token in tokenizer.roles.items() if token}, ensure_ascii=False)
     beside = beside | {"chat_template.jinja": PLAIN, "tokenizer_config.json": roles}
     return released.chat(beside, where), beside

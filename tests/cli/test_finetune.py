@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lmx import run as runs
+from lmx.cli import eval
 from lmx.data import Bpe
 from lmx.models import TransformerConfig, build, pretrained
 from lmx.nn import AttentionConfig
@@ -50,7 +51,7 @@ def trained(folder):
     (folder / "replies.jsonl").write_text(
         "\n".join(map(json.dumps, [*rows, {"prompt": "x", "completion": ""}]))
     )
-    tokenizer = Bpe(320).train([f"{a} {b} user assistant" for a, b in said])
+    tokenizer = Bpe(288).train([f"{a} {b} user assistant" for a, b in said])
     config = TransformerConfig(
         vocab_size=tokenizer.vocab_size, d_model=32, n_layers=1, attention=AttentionConfig(2), init_std=0.3
     )
@@ -91,6 +92,11 @@ def test_replies_are_learned_through_the_models_own_template(trained, lmx):
     assert f"{made['loss_share']:.1%} of the tokens" in lmx("info", "tuned")
     assert made["text"]["skipped"] == {"empty_reply": 2}
     assert "loss_share" in (folder / "tuned" / "report.html").read_text()
+
+    with pytest.raises(
+        ValueError, match=r"tuned held out conversations, and eval judges texts; .*lmx eval tuned TEXT"
+    ):
+        eval.main(["tuned"])
 
     prompt = model.chat.ids(model.tokenizer, [{"role": "user", "content": "फल 4?"}])
     logits = model.model.apply(model.params, {"tokens": jnp.array([prompt], jnp.int32)}).logits[0, -1]

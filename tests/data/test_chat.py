@@ -29,6 +29,7 @@ from lmx.data.chat_template import PLAIN
 from lmx.data.pack import windows
 from lmx.data.store import TokenStore, Writer
 
+pytestmark = pytest.mark.filterwarnings("ignore:the tokenizer comes without a chat template")
 FOLDER = Path(__file__).parent / "chat"
 TEMPLATES = json.loads((FOLDER / "templates.json").read_text(encoding="utf-8"))
 ROLES = json.loads((FOLDER / "expected.json").read_text(encoding="utf-8"))["roles"]
@@ -325,7 +326,8 @@ def served(batch, tokenizer):
 def test_batches_count_the_labels_of_replies_alone(tmp_path):
     path = write(tmp_path / "a.jsonl", CONVERSATIONS)
     data = Data(train=(Chat(path),), valid_share=0.1, tokenizer=Byte(), seq_len=400, batch_size=4)
-    prepared = prepare(data, tmp_path / "cache")
+    with pytest.warns(UserWarning, match="comes without a chat template"):
+        prepared = prepare(data, tmp_path / "cache")
     assert prepared.report.noted == {"plain_chat_template": 1} and not prepared.report.skipped
     told = [
         one

@@ -33,8 +33,9 @@ def prepared(tmp_path_factory):
     ]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = Chat(str(folder / "a.jsonl"))
-    data = Data(train=(source,), valid_share=0.0, tokenizer=Bpe(300), seq_len=400, batch_size=1)
-    return prepare(data, folder / "cache")
+    data = Data(train=(source,), valid_share=0.0, tokenizer=Bpe(280), seq_len=400, batch_size=1)
+    with pytest.warns(UserWarning, match="comes without a chat template"):
+        return prepare(data, folder / "cache")
 
 
 @pytest.fixture(scope="module")
