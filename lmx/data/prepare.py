@@ -284,8 +284,8 @@ def _template(tokenizer, beside, where, report) -> tuple[ChatTemplate, dict[str,
         )
     report.note("plain_chat_template", "the tokenizer comes with none")
     warnings.warn(
-        "the tokenizer comes without a chat template: they are as lmx.data.chat_template.PLAIN has it; "
-        "to use a released model's, name its folder or GGUF file: tokenizer=File(...)",
+        "the tokenizer comes without a chat template: conversations are written by PLAIN of "
+        "lmx.data.chat_template; to use a released model's, name its folder or GGUF file: tokenizer=File(...)",
         stacklevel=3,
     )
     roles = json.dumps({role: token for role, token in tokenizer.roles.items() if token}, ensure_ascii=False)
