@@ -12,7 +12,7 @@ import lmx
 ROOT = Path(lmx.__file__).parent
 FLOORS = {
     "ground": ("tree values artifact", "ops", "weights losses text"),
-    "parts": ("nn data curate formats optim mesh report",),
+    "parts": ("formats", "nn data curate optim mesh report"),
     "wholes": ("models adapt distill generate tasks",),
     "acts": ("train evals bulk serve sweep plan",),
     "words": ("run", "quickstart", "cli", "__main__"),

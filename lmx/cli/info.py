@@ -10,6 +10,7 @@ Nothing is trained or loaded; shapes are enough.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ def _run(folder: Path) -> dict[str, str]:
     rows["tokenizer"] = f"{run.data.tokenizer}"
     batch = f"{run.data.batch_size} x {run.data.seq_len} tokens"
     rows["trained"] = f"{max(steps, default=0)} of {run.steps} steps of {batch}"
+    if (folder / "data.json").exists():
+        share = json.loads((folder / "data.json").read_text(encoding="utf-8")).get("loss_share")
+        rows |= {} if share is None else {"trained on": f"{share:.1%} of the tokens of a batch"}
     rows["checkpoints"] = f"{steps}, best {checkpoint.best_step(folder / checkpoint.FOLDER)}"
     return rows
 

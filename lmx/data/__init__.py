@@ -2,6 +2,7 @@
 n)."""
 
 from .batches import Batches, ahead, iterate
+from .chat import Chat
 from .chat_template import ChatTemplate
 from .prepare import Data, Prepared, prepare
 from .sources import Documents, Jsonl, Parquet, Source, Text, Tfds, source
@@ -17,6 +18,7 @@ __all__ = [
     "Bpe",
     "Byte",
     "Char",
+    "Chat",
     "ChatTemplate",
     "Clean",
     "Data",

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from .pack import BestFit, Concat, Pieces, plan
+from .pack import BestFit, Concat, Pieces, plan, windows
 from .permutation import fold, permute
 from .store import TokenStore
 
@@ -43,7 +43,7 @@ class Batches:
       seed: any integer; orders, the mix and window shifts follow from it alone.
       weights: shares of rows drawn from each store, normalised; () takes every row of every store once an
       epoch.
-      packing: "best_fit" or "concat" (see pack.py).
+      packing: "best_fit" or "concat" (see pack.py); stores of conversations take "best_fit" alone.
       shuffle: False gives the rows in stored order (for evaluation).
     Raises: ValueError on settings that cannot be met, or when the stores hold no position to train on.
     """
@@ -63,7 +63,7 @@ class Batches:
             raise ValueError(f"Batches: batch_size={self.batch_size}; use at least 1")
         if not self.stores:
             raise ValueError("Batches: no stores; give at least one")
-        plans = tuple(plan(self.packing, store.offsets, self.seq_len) for store in self.stores)
+        plans = tuple(map(self._plan, self.stores))
         for store, made in zip(self.stores, plans):
             if not made.n_rows:
                 raise ValueError(
@@ -73,6 +73,17 @@ class Batches:
         rows = tuple(made.n_rows for made in plans)
         object.__setattr__(self, "quotas", _quotas(self.weights, len(plans)) if self.weights else rows)
         object.__setattr__(self, "_places", functools.lru_cache(maxsize=8)(self._find_places))
+
+    def _plan(self, store: TokenStore) -> BestFit | Concat:
+        if store.mask is None:
+            return plan(self.packing, store.offsets, self.seq_len)
+        if self.packing != "best_fit":
+            raise ValueError(
+                f"Batches: packing={self.packing!r} would cut replies in {store.path} from their prompts; use "
+                "'best_fit'"
+            )
+        found = windows(store.offsets, store.mask, self.seq_len, store.meta["keep"])
+        return BestFit(store.offsets, self.seq_len, (found.begin, found.length))
 
     @property
     def n_rows(self) -> int:
@@ -91,10 +102,24 @@ class Batches:
         return sum(made.padding_share * quota / total for made, quota in zip(self.plans, self.quotas))
 
     @functools.cached_property
+    def loss_share(self) -> float:
+        """Share of the positions served that are trained on, in [0, 1]: those with a label, and of conversations those
+        whose label is of a reply."""
+        shares = []
+        for store, made in zip(self.stores, self.plans):
+            if store.mask is None:
+                shares.append(1.0 - made.padding_share)
+            else:
+                found = windows(store.offsets, store.mask, self.seq_len, store.meta["keep"])
+                shares.append(found.n_counted / (made.n_rows * self.seq_len))
+        return sum(share * quota for share, quota in zip(shares, self.quotas)) / sum(self.quotas)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of all that decides the batches but n: the stores' contents and the settings."""
         settings = (self.seq_len, self.batch_size, self.seed, self.weights, self.packing, self.shuffle)
-        return hashlib.sha256(repr((*(store.hash for store in self.stores), settings)).encode()).hexdigest()
+        hashes = [store.hash + store.meta.get("keep", "") for store in self.stores]
+        return hashlib.sha256(repr((*hashes, settings)).encode()).hexdigest()
 
     def batch(self, n: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """Global batch n, or the given rows of it.
@@ -102,7 +127,8 @@ class Batches:
         Returns: arrays [rows, seq_len]: tokens, labels, positions, segment_ids int32 and loss_mask float32.
           labels[t] follows tokens[t] in its document; positions restart at 0 in every segment, also where a
           piece continues a document cut in another row; segment_ids count 1, 2, ... within a row, 0 is
-          padding; loss_mask is 1 on every position that has a label and 0 on padding.
+          padding; loss_mask is 1 on every position that has a label, of conversations one of a reply, and 0 on
+          padding.
         Raises: ValueError if n is negative.
         """
         if n < 0:
@@ -140,7 +166,7 @@ class Batches:
         which, rows, shifts = parts[0] if len(parts) == 1 else [np.concatenate(p) for p in zip(*parts)]
         mine = [np.flatnonzero(which == c) for c in range(len(self.stores))]
         pieces = [made.pieces(rows[m], shifts[m]) for made, m in zip(self.plans, mine)]
-        return _gather([store.tokens for store in self.stores], mine, pieces, self.seq_len)
+        return _gather(self.stores, mine, pieces, self.seq_len)
 
     def _find_places(self, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows [chunk * BLOCK, (chunk + 1) * BLOCK) of the sequence: store, row in it, window shift, all
@@ -248,9 +274,10 @@ def _quotas(weights: Sequence[float], n: int) -> tuple[int, ...]:
     return tuple(quotas.tolist())
 
 
-def _gather(tokens: list[np.ndarray], mine: list[np.ndarray], pieces: list[Pieces], seq_len: int) -> dict:
+def _gather(stores: Sequence[TokenStore], mine: list[np.ndarray], pieces: list[Pieces], seq_len: int) -> dict:
     """The arrays of a batch. Store c fills rows mine[c] with pieces[c], laid one after the other; the rest of
     each row is a piece of padding."""
+    tokens = [store.tokens for store in stores]
     n = sum(map(len, mine))
     counts = np.zeros(n, np.int64)
     for m, (count, _, _) in zip(mine, pieces):
@@ -286,9 +313,13 @@ def _gather(tokens: list[np.ndarray], mine: list[np.ndarray], pieces: list[Piece
             out["tokens"][m] = source_tokens.take(at[m], mode="clip")
             out["labels"][m] = source_tokens[1:].take(at[m], mode="clip")
     out = {name: value.reshape(n, seq_len) for name, value in out.items()}
+    at = at.reshape(n, seq_len)
+    for m, store in zip(mine, stores):
+        if store.mask is not None:
+            out["loss_mask"][m] = store.mask[1:].take(at[m], mode="clip")
     if padding.any():
         real = out["segment_ids"] > 0
         for name in ("tokens", "labels", "positions"):
             out[name] *= real
-        out["loss_mask"] = real.astype(np.float32)
+        out["loss_mask"] *= real
     return out

@@ -1,7 +1,11 @@
 """A process that renders chat templates, one JSON line in, one out. chat_template.py starts it and reads its answers.
 
-    {"source": "{{ messages[0].content }}", "names": {"messages": [...]}, "most": 100, "seconds": 5}
-    {"text": "..."}, or {"kind": "syntax", "line": 1, "message": "..."}
+    {"source": "{{ messages[0].content }}", "names": {...}, "most": 100, "seconds": 5, "conversations":
+     [{"messages": [...], "renders": [[1, true], [2, false]], "marks": ["", ""]}]}
+    [[{"text": "..."}, {"kind": "syntax", "line": 1, "message": "..."}]]
+
+Each render is of the first so many messages, with or without the beginning of a reply; the marks are written around
+what the template puts between {% generation %} and {% endgeneration %}.
 
 A template comes with a model from anywhere, and Jinja's sandbox bounds neither time nor memory; this process has
 bounds on both, holds nothing worth reading, and ends when its standard input does.
@@ -22,6 +26,10 @@ TOLD = 400
 """Characters of an error that are passed on."""
 
 
+MARKS = ["", ""]
+"""Of the conversation that is rendered."""
+
+
 @functools.cache
 def environment():
     from jinja2.exceptions import SecurityError, TemplateError
@@ -31,7 +39,7 @@ def environment():
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks a reply for training; here it is what it holds."""
+        """{% generation %} ... {% endgeneration %} marks a reply for training."""
 
         tags = frozenset({"generation"})
 
@@ -41,7 +49,8 @@ def environment():
             return CallBlock(self.call_method("_held"), [], [], body).set_lineno(line)
 
         def _held(self, caller):
-            return caller()
+            before, after = MARKS
+            return f"{before}{caller()}{after}"
 
     class PlainNamespace(Namespace):
         """Without names that Python itself looks up."""
@@ -116,6 +125,17 @@ def answer(source, names, most):
         }
 
 
+def answers(source, names, most, conversations):
+    """For each conversation the answers to its renders."""
+    found = []
+    for one in conversations:
+        MARKS[:] = one["marks"]
+        messages = one["messages"]
+        of = [names | {"messages": messages[:n], "add_generation_prompt": add} for n, add in one["renders"]]
+        found.append([answer(source, each, most) for each in of])
+    return found
+
+
 def confine():
     """Sets the limits that the system has. Ctrl-C is for the process that asked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -140,7 +160,7 @@ def main():
         asked = json.loads(line)
         if alarm:  # the system ends a process that its parent, killed meanwhile, can no longer end
             alarm(signal.ITIMER_REAL, asked["seconds"])
-        found = answer(asked["source"], asked["names"], asked["most"])
+        found = answers(*(asked[name] for name in ("source", "names", "most", "conversations")))
         if alarm:
             alarm(signal.ITIMER_REAL, 0)
         print(json.dumps(found), flush=True)

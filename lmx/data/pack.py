@@ -9,7 +9,8 @@ counted twice.
 best-fit
 decreasing: the longest first, each into the fullest row that still has room (Ding et al. 2024,
 arXiv:2404.10830, section 3). `Concat` cuts the concatenated documents every seq_len positions, as GPT-2 did,
-and so pads nothing.
+and so pads nothing. Conversations are never cut in two, since a reply would lose its prompt: of one longer than a row
+the head or the tail is a piece, see `windows`.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class BestFit:
     Args:
       offsets: [n_documents + 1] where documents start in the store, ascending from 0.
       seq_len: positions in a row.
+      whole: the pieces, begin and length [P], where they are not to be cut from the documents.
     """
 
-    def __init__(self, offsets: np.ndarray, seq_len: int):
-        begin, length = _cut(np.asarray(offsets, np.int64), _checked(seq_len))
+    def __init__(self, offsets: np.ndarray, seq_len: int, whole: tuple[np.ndarray, np.ndarray] | None = None):
+        begin, length = whole or _cut(np.asarray(offsets, np.int64), _checked(seq_len))
         row, self.n_rows = _best_fit(length, seq_len)
         order = np.argsort(row, kind="stable")
         self._begin, self._length = begin[order], length[order]
@@ -109,6 +111,46 @@ def plan(packing: str, offsets: np.ndarray, seq_len: int) -> BestFit | Concat:
     if packing not in plans:
         raise ValueError(f"packing={packing!r}; use one of {sorted(plans)}")
     return plans[packing](offsets, seq_len)
+
+
+class Windows(NamedTuple):
+    """Of each conversation that is used one piece, begin and length [P] as in `Pieces`. n_cut: how many of them are not
+    whole; n_unused: conversations of which no reply was left; n_counted: labels that are of replies."""
+
+    begin: np.ndarray
+    length: np.ndarray
+    n_cut: int
+    n_unused: int
+    n_counted: int
+
+
+def windows(offsets: np.ndarray, mask: np.ndarray, seq_len: int, keep: str) -> Windows:
+    """The first or last seq_len positions of each conversation.
+
+    A tail begins where the next label is not of a reply: one that began before is not learned without its prompt.
+
+    Args:
+      mask: [n_tokens] 1 on tokens of replies.
+      keep: "head" or "tail".
+    """
+    offsets = np.asarray(offsets, np.int64)
+    begin = offsets[:-1].copy()
+    length = np.maximum(np.diff(offsets) - 1, 0)
+    long = np.flatnonzero(length > _checked(seq_len))
+    n_counted = int(np.count_nonzero(mask)) - int(np.count_nonzero(mask[begin[np.diff(offsets) > 0]]))
+    for i in long:
+        start, end = int(offsets[i]), int(offsets[i + 1])
+        first = start if keep == "head" else end - 1 - seq_len
+        last = min(first + seq_len, end - 1)
+        if keep == "tail" and mask[first + 1]:
+            rest = np.flatnonzero(mask[first + 1 : end] == 0)
+            first = first + int(rest[0]) if len(rest) else last
+        kept = int(np.count_nonzero(mask[first + 1 : last + 1]))
+        n_counted -= int(np.count_nonzero(mask[start + 1 : end])) - kept
+        begin[i], length[i] = first, last - first if kept else 0
+    used = length > 0
+    n_unused = int(np.count_nonzero(length[long] == 0))
+    return Windows(begin[used], length[used].astype(np.int32), len(long) - n_unused, n_unused, n_counted)
 
 
 def _cut(offsets, seq_len):

@@ -14,19 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from lmx import artifact
 
-from . import files
+from . import files, released
 from .batches import Batches
-from .sources import Document, NoDocument, Source, source
+from .chat import Chat
+from .chat_template import PLAIN, ChatTemplate
+from .pack import windows
+from .sources import Document, NoDocument, Source, source, texts_of
 from .store import TokenStore, Writer, explained, publish
 from .streams import Clean, Split, Stream, Tokenize
 from .tally import Report
@@ -48,6 +52,9 @@ class Data:
     weights: share of the rows drawn from each training source; () goes through all of them once an epoch.
     tokenizer: trained on the training part alone. clean: Unicode to NFC, control characters out (see Clean).
     seq_len, batch_size, packing: see Batches.
+
+    Conversations (see Chat) go through the template that comes with the tokenizer, or PLAIN where there is none, and
+    replies alone are trained on and validated.
     """
 
     train: tuple[Source | str, ...] = ()
@@ -77,6 +84,10 @@ class Data:
                 raise ValueError(f"Data: {name}={getattr(self, name)} must be at least 1")
         if self.packing not in ("best_fit", "concat"):
             raise ValueError(f"Data: packing={self.packing!r}; use 'best_fit' or 'concat'")
+        if self.packing == "concat" and any(isinstance(one, Chat) for one in (*self.train, *self.valid)):
+            raise ValueError(
+                "Data: packing='concat' would cut replies from their prompts; use 'best_fit' with Chat"
+            )
 
     def documents(self, part: str, report: Report | None = None) -> Iterator[Document]:
         """The documents of "train" or "valid" as they are tokenized: cleaned, split, in order."""
@@ -89,7 +100,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data made ready: the tokenizer, the stores of both parts, and what was counted while they were made."""
+    """Data made ready: the tokenizer, the stores of both parts, and what was counted while they were made.
+
+    beside: name -> text of what came with the tokenizer, the template of conversations among it if there are any.
+    """
 
     data: Data
     seed: int
@@ -98,6 +112,7 @@ class Prepared:
     train_stores: tuple[TokenStore, ...]
     valid_stores: tuple[TokenStore, ...]
     report: Report
+    beside: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def train(self) -> Batches:
@@ -143,12 +158,19 @@ def prepare(data: Data, cache: str | Path, seed: int = 0, progress: Progress | N
     progress = progress or (lambda stage, done, total: None)
     report = Report()
     tokenizer, tokenizer_path = _tokenizer(data.tokenizer, train_parts, cache, report, progress)
+    beside = data.tokenizer.beside()
+    tokenize = Tokenize(tokenizer.ending_with(released.end_ids(beside, tokenizer_path)))
+    if any(part.masked for part in (*train_parts, *valid_parts)):
+        chat, beside = _template(tokenizer, beside, tokenizer_path, report)
+        tokenize = replace(tokenize, chat=chat)
     stores = []
     for name, parts in (("train", train_parts), ("valid", valid_parts)):
         stores.append([])
         for i, part in enumerate(parts):
             stage = f"{name} {i + 1}/{len(parts)}"
-            store = _store(part, tokenizer, tokenizer_path, cache, stage, progress)
+            store = _store(part, tokenize, tokenizer_path, cache, stage, progress)
+            if store.mask is not None:
+                _count_cut(part.source, store, data.seq_len, report)
             if not (name == "valid" and part.split):
                 report.add(Report.from_json(store.meta["report"]))
             if name == "train" and not len(store):
@@ -165,7 +187,8 @@ def prepare(data: Data, cache: str | Path, seed: int = 0, progress: Progress | N
         )
     with contextlib.suppress(OSError):
         files.save_hashes(cache / "hashes.json")
-    return Prepared(data, seed, tokenizer, tokenizer_path, tuple(stores[0]), valid, report)
+    made = tuple(stores[0])
+    return Prepared(data, seed, tokenize.tokenizer, tokenizer_path, made, valid, report, beside)
 
 
 @dataclass(frozen=True)
@@ -180,6 +203,17 @@ class _Part:
         documents = self.source.documents(report)
         documents = (Clean() if self.clean else Stream())(documents, report)
         return (self.split or Stream())(documents, report)
+
+    @property
+    def masked(self) -> bool:
+        """Whether they are conversations."""
+        return isinstance(self.source, Chat)
+
+    def store_key(self, tokenize: Tokenize) -> str:
+        """Names the store of their tokens."""
+        if not self.masked:
+            return self.key(tokenize.tokenizer.hash)
+        return self.key(tokenize.tokenizer.hash, str(tokenize.tokenizer.end_ids), tokenize.chat.fingerprint)
 
     def key(self, *more: str) -> str:
         """Names the documents, and whatever `more` is made of them, by content."""
@@ -225,7 +259,7 @@ def _tokenizer(spec, parts, cache, report, progress):
 
 def _train_tokenizer(spec, parts, path, progress):
     meter = _Meter(progress, "tokenizer", _total(parts))
-    texts = (d["text"] for part in parts for d in meter.watch(part.documents(Report())))
+    texts = (text for part in parts for d in meter.watch(part.documents(Report())) for text in texts_of(d))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         tokenizer = spec.train(texts)
@@ -238,17 +272,47 @@ def _train_tokenizer(spec, parts, path, progress):
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _store(part, tokenizer, tokenizer_path, cache, stage, progress) -> TokenStore:
+def _template(tokenizer, beside, where, report) -> tuple[ChatTemplate, dict[str, str]]:
+    """The template of conversations, and `beside` with it."""
+    found = released.chat(beside, where)
+    if found is not None:
+        return found, beside
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            f"{where}: the tokenizer comes without a chat template and has no eos token to end replies with; give "
+            "one that has, such as File('MODEL.gguf')"
+        )
+    report.note("plain_chat_template", "the tokenizer comes with none")
+    warnings.warn(
+        "the tokenizer comes without a chat template: conversations are written by PLAIN of "
+        "lmx.data.chat_template; to use a released model's, name its folder or GGUF file: tokenizer=File(...)",
+        stacklevel=3,
+    )
+    roles = json.dumps({role: token for role, token in tokenizer.roles.items() if token}, ensure_ascii=False)
+    beside = beside | {"chat_template.jinja": PLAIN, "tokenizer_config.json": roles}
+    return released.chat(beside, where), beside
+
+
+def _count_cut(source: Chat, store: TokenStore, seq_len: int, report: Report) -> None:
+    found = windows(store.offsets, store.mask, seq_len, source.keep)
+    where = f"{source.label}, {source.keep} kept of more than {seq_len} tokens"
+    if found.n_cut:
+        report.note("conversations_cut", where, found.n_cut)
+    if found.n_unused:
+        report.skip("conversations_too_long_for_a_reply", where, found.n_unused)
+
+
+def _store(part, tokenize, tokenizer_path, cache, stage, progress) -> TokenStore:
     """The token store of a part of the data; a source of many files is tokenized group by group, then joined."""
-    path = cache / "stores" / part.key(tokenizer.hash)
+    path = cache / "stores" / part.store_key(tokenize)
     with _made_once(path, cache) as missing:
         if missing:
             meter = _Meter(progress, stage, _total([part]))
-            groups = _groups(part, tokenizer, cache)
+            groups = _groups(part, tokenize, cache)
             if not path.is_dir() and groups:
-                _join(path, groups, tokenizer, cache, meter)
+                _join(path, part, groups, tokenize, cache, meter)
             elif not path.is_dir():
-                _write(path, part, tokenizer, meter)
+                _write(path, part, tokenize, meter)
             for partial, _ in groups:
                 _remove(partial, cache)
             meta = TokenStore(str(path)).meta
@@ -260,29 +324,42 @@ def _store(part, tokenizer, tokenizer_path, cache, stage, progress) -> TokenStor
     return TokenStore(str(path))
 
 
-def _groups(part, tokenizer, cache) -> list[tuple[Path, _Part]]:
+def _groups(part, tokenize, cache) -> list[tuple[Path, _Part]]:
     """(where its store is kept meanwhile, the group) for each group of a source's files; none for one alone."""
     groups = [replace(part, source=group) for group in part.source.groups(GROUP_BYTES)]
     if len(groups) == 1:
         return []
-    return [(cache / "parts" / group.key(tokenizer.hash), group) for group in groups]
+    return [(cache / "parts" / group.store_key(tokenize), group) for group in groups]
 
 
-def _write(path, part, tokenizer, meter):
-    report, counts = Report(), dict.fromkeys(COUNTS, 0)
+def _writer(path, part, tokenize) -> Writer:
+    writer = Writer(path, tokenize.tokenizer.vocab_size, tokenize.tokenizer.hash, part.masked)
+    if part.masked:
+        writer.facts["keep"] = part.source.keep
+    return writer
+
+
+def _write(path, part, tokenize, meter):
+    report, counts, read = Report(), dict.fromkeys(COUNTS, 0), 0
     documents = meter.watch(part.documents(report), counts)
-    with Writer(path, tokenizer.vocab_size, tokenizer.hash) as writer:
-        for document in Tokenize(tokenizer)(documents, report):
-            writer.add(document["ids"], document.get("more", False))
+    with _writer(path, part, tokenize) as writer:
+        for document in tokenize(documents, report):
+            writer.add(document["ids"], document.get("more", False), document.get("mask"))
+            read += 1
+        refused = report.skipped.get("refused_by_the_template")
+        if refused and not read:
+            raise NoDocument(
+                f"{part.source.label}: the template refuses every conversation. {report}", report
+            )
         writer.facts.update(counts, report=report.to_json())
 
 
-def _join(path, groups, tokenizer, cache, meter):
+def _join(path, part, groups, tokenize, cache, meter):
     """Writes a store for each group of files, unless an earlier attempt has, and then all of them as one."""
     report, counts, made = Report(), dict.fromkeys(COUNTS, 0), []
     for partial, group in groups:
         try:
-            made.append(_part_store(partial, group, tokenizer, cache, meter))
+            made.append(_part_store(partial, group, tokenize, cache, meter))
         except NoDocument as error:
             report.add(error.report)
             continue
@@ -290,17 +367,17 @@ def _join(path, groups, tokenizer, cache, meter):
         counts = {name: n + made[-1].meta[name] for name, n in counts.items()}
     if not made:
         raise NoDocument(f"no usable document in {len(groups)} groups of files. {report}", report)
-    with Writer(path, tokenizer.vocab_size, tokenizer.hash) as writer:
+    with _writer(path, part, tokenize) as writer:
         for store in made:
             writer.append(store)
         writer.facts.update(counts, report=report.to_json())
 
 
-def _part_store(partial, group, tokenizer, cache, meter) -> TokenStore:
+def _part_store(partial, group, tokenize, cache, meter) -> TokenStore:
     """Opened under the lock: another process, that joins the same files, may remove the folder after it."""
     with _locked(partial, cache):
         if not partial.is_dir():
-            _write(partial, group, tokenizer, meter)
+            _write(partial, group, tokenize, meter)
         return TokenStore(str(partial))
 
 
@@ -328,13 +405,13 @@ class _Meter:
         """The same documents; adds their bytes, characters and words between white space to `counts`."""
         told = self.done
         for document in documents:
-            text = document["text"]
-            n_bytes = len(text.encode("utf-8"))
-            self.done += n_bytes
-            if counts is not None:
-                counts["text_bytes"] += n_bytes
-                counts["text_chars"] += len(text)
-                counts["text_words"] += len(text.split())
+            for text in texts_of(document):
+                n_bytes = len(text.encode("utf-8"))
+                self.done += n_bytes
+                if counts is not None:
+                    counts["text_bytes"] += n_bytes
+                    counts["text_chars"] += len(text)
+                    counts["text_words"] += len(text.split())
             if self.done - told >= 1 << 20:
                 told = self.done
                 self.progress(self.stage, self.done, self.total)

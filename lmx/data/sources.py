@@ -1,7 +1,8 @@
 """Where documents come from: a source is a value that can be read any number of times, and never whole in memory.
 
 A document is a dict {"text": str, "id": str}. One longer than about a megabyte comes in parts, one after the
-other: every part but the last has "more": True, and their texts joined are the document.
+other: every part but the last has "more": True, and their texts joined are the document. A conversation (chat.py) has
+"messages" instead of "text", and is always whole.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +26,11 @@ from .tally import Report
 Document = dict[str, Any]
 MAX_LINE = 64 << 20
 MANY_FILES = 64
+
+
+def texts_of(document: Document) -> list[str]:
+    """The text of a document, or that of each message of a conversation."""
+    return [m["content"] for m in document["messages"]] if "messages" in document else [document["text"]]
 
 
 class NoDocument(ValueError):
@@ -53,7 +59,7 @@ class Source(ABC):
         continues = False
         for document in self._read(here):
             here.documents += not continues
-            here.text_bytes += len(document["text"].encode("utf-8"))
+            here.text_bytes += sum(len(text.encode("utf-8")) for text in texts_of(document))
             continues = document.get("more", False)
             yield document
         report.add(here)
@@ -190,33 +196,17 @@ class Jsonl(_Files):
     field: str = "text"
 
     def _read_file(self, path: Path, report: Report) -> Iterator[Document]:
-        for number, line in lines(path, MAX_LINE):
-            where = f"{path}:{number}"
-            if line is None:
-                report.skip("line_too_long", f"{where} is longer than {MAX_LINE >> 20} MiB")
-                continue
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                report.skip("invalid_utf8", f"{where} ({error.reason}, byte {error.start} of the line)")
-                continue
-            except (ValueError, RecursionError) as error:
-                report.skip("broken_line", f"{where} ({error})")
-                continue
-            if not isinstance(record, dict):
-                report.skip("not_an_object", f"{where} is a JSON {type(record).__name__}")
-            elif self.field not in record:
+        for where, record in json_rows(path, report):
+            if self.field not in record:
                 report.skip("field_missing", f"{where} has {', '.join(map(repr, record)) or 'no field'}")
             else:
                 yield from _checked(record[self.field], where, report)
 
     def _hint(self) -> str:
-        first = next((line for _, line in lines(self.files()[0], MAX_LINE)), None) or b""
-        if first.lstrip().startswith(b"["):
-            return "\nThe file looks like one JSON array; write an object a line: jq -c '.[]'"
-        return f"\nEach line is to be an object with its text in {self.field!r}; or name another field."
+        return (
+            array_hint(self.files()[0])
+            or f"\nEach line is to be an object with its text in {self.field!r}; or name another field."
+        )
 
 
 @dataclass(frozen=True)
@@ -227,42 +217,27 @@ class Parquet(_Files):
     field: str = "text"
 
     def _read_file(self, path: Path, report: Report) -> Iterator[Document]:
-        pyarrow, parquet = _pyarrow()
-        try:
-            file = parquet.ParquetFile(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(
-                f"{path}: not a readable Parquet file ({error}); fetch or write it again"
-            ) from None
-        with file:
-            names = file.schema_arrow.names
-            if (n := names.count(self.field)) != 1:
-                raise ValueError(
-                    f"{path}: {f'{n} columns' if n else 'no column'} {self.field!r}; it has "
-                    f"{', '.join(map(repr, names))}: name one text column with Parquet(path, field=...)"
-                )
-            kind = file.schema_arrow.field(self.field).type
-            if not _holds_text(kind, pyarrow.types):
-                raise ValueError(
-                    f"{path}: column {self.field!r} holds {kind}, not text; name another with field=..."
-                )
-            row = 0
+        for where, row in parquet_rows(path, self._columns):
             try:
-                for batch in file.iter_batches(batch_size=256, columns=[self.field]):
-                    for value in batch.column(0):
-                        where = f"{path}:{row}"
-                        row += 1
-                        try:
-                            text = value.as_py()
-                            text = text.decode("utf-8") if isinstance(text, bytes) else text
-                        except UnicodeDecodeError as error:
-                            report.skip("invalid_utf8", f"{where} ({error.reason})")
-                            continue
-                        yield from _checked(text, where, report)
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise ValueError(
-                    f"{path}: damaged after row {row:,} ({error}); fetch or write it again"
-                ) from None
+                text = row[self.field].as_py()
+                text = text.decode("utf-8") if isinstance(text, bytes) else text
+            except UnicodeDecodeError as error:
+                report.skip("invalid_utf8", f"{where} ({error.reason})")
+                continue
+            yield from _checked(text, where, report)
+
+    def _columns(self, path: Path, schema: Any, types: Any) -> list[str]:
+        if (n := schema.names.count(self.field)) != 1:
+            raise ValueError(
+                f"{path}: {f'{n} columns' if n else 'no column'} {self.field!r}; it has "
+                f"{', '.join(map(repr, schema.names))}: name one text column with Parquet(path, field=...)"
+            )
+        kind = schema.field(self.field).type
+        if not _holds_text(kind, types):
+            raise ValueError(
+                f"{path}: column {self.field!r} holds {kind}, not text; name another with field=..."
+            )
+        return [self.field]
 
 
 @dataclass(frozen=True)
@@ -346,6 +321,61 @@ def source(spec: str | Source) -> Source:
     return kind(spec)
 
 
+def json_rows(path: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line of a JSONL file; lines that are no object are counted."""
+    for number, line in lines(path, MAX_LINE):
+        where = f"{path}:{number}"
+        if line is None:
+            report.skip("line_too_long", f"{where} is longer than {MAX_LINE >> 20} MiB")
+            continue
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            report.skip("invalid_utf8", f"{where} ({error.reason}, byte {error.start} of the line)")
+        except (ValueError, RecursionError) as error:
+            report.skip("broken_line", f"{where} ({error})")
+        else:
+            if isinstance(record, dict):
+                yield where, record
+            else:
+                report.skip("not_an_object", f"{where} is a JSON {type(record).__name__}")
+
+
+def array_hint(path: Path) -> str:
+    """What to do about a file that is one JSON array; "" for any other."""
+    first = next((line for _, line in lines(path, MAX_LINE)), None) or b""
+    is_array = first.lstrip().startswith(b"[")
+    return "\nThe file looks like one JSON array; write an object a line: jq -c '.[]'" if is_array else ""
+
+
+def parquet_rows(
+    path: Path, columns: Callable[[Path, Any, Any], list[str]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, {column: pyarrow scalar}) of each row of a Parquet file.
+
+    columns: (path, schema, pyarrow.types) -> the names of those to read; it raises if the file has not what it should.
+    """
+    pyarrow, parquet = _pyarrow()
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({error}); fetch or write it again") from None
+    with file:
+        names = columns(path, file.schema_arrow, pyarrow.types)
+        row = 0
+        try:
+            for batch in file.iter_batches(batch_size=256, columns=names):
+                for values in zip(*(batch.column(name) for name in names)):
+                    row += 1
+                    yield f"{path}:{row - 1}", dict(zip(names, values))
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{path}: damaged after row {row:,} ({error}); fetch or write it again"
+            ) from None
+
+
 def _raw(path):
     return artifact.Artifact("file", hash_of(path), str(path.absolute()), {"bytes": path.stat().st_size})
 
@@ -355,13 +385,14 @@ def _checked(text, where, report):
         report.skip("not_text", f"{where} holds {type(text).__name__}")
     elif not text.strip():
         report.skip("empty_text", where)
-    elif not _encodable(text):
+    elif not encodable(text):
         report.skip("invalid_unicode", f"{where} holds half of a surrogate pair")
     else:
         yield from _parts(pieces([text]), where)
 
 
-def _encodable(text):
+def encodable(text: str) -> bool:
+    """Whether it has UTF-8: no half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

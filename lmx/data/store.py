@@ -2,7 +2,8 @@
 
 `tokens.bin` holds every document one after the other, each as [bos] ids [eos], little-endian uint16 or
 uint32; `offsets.bin` holds n_documents + 1 little-endian int64: document i is tokens[offsets[i]:offsets[i +
-1]]. A folder exists only when it is complete: it is written under a temporary name and then renamed.
+1]]. A store of conversations has `mask.bin` too: a byte per token, 1 where it is of a reply. A folder exists
+only when it is complete: it is written under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class TokenStore:
     meta: dict[str, Any] = field(init=False, repr=False, compare=False)
     tokens: np.ndarray = field(init=False, repr=False, compare=False)
     offsets: np.ndarray = field(init=False, repr=False, compare=False)
+    mask: np.ndarray | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         folder = Path(self.path)
@@ -56,6 +58,9 @@ class TokenStore:
         object.__setattr__(self, "meta", meta)
         object.__setattr__(self, "tokens", _map(folder / "tokens.bin", dtype, n_tokens))
         object.__setattr__(self, "offsets", _map(folder / "offsets.bin", np.dtype("<i8"), n_documents + 1))
+        masked = "n_counted" in meta
+        mask = _map(folder / "mask.bin", np.dtype("u1"), n_tokens) if masked else None
+        object.__setattr__(self, "mask", mask)
 
     def __len__(self) -> int:
         """How many documents."""
@@ -78,7 +83,7 @@ class TokenStore:
 
     @property
     def hash(self) -> str:
-        """sha256 of the tokens and offsets, taken while they were written."""
+        """sha256 of the tokens and offsets, and of the mask, taken while they were written."""
         return self.meta["hash"]
 
     @property
@@ -95,11 +100,12 @@ class Writer:
     Args:
       vocab_size: ids must lie below it; up to 65,536 they take two bytes each, else four.
       tokenizer: hash of the tokenizer the ids belong to.
+      masked: whether documents come with a mask.
     Raises: OSError that names the path and the way out, when the disk is full or the folder may not be
     written.
     """
 
-    def __init__(self, path: str | Path, vocab_size: int, tokenizer: str = ""):
+    def __init__(self, path: str | Path, vocab_size: int, tokenizer: str = "", masked: bool = False):
         self.path = Path(path)
         self.facts: dict[str, Any] = {}
         self._vocab_size, self._tokenizer = vocab_size, tokenizer
@@ -107,6 +113,7 @@ class Writer:
         self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:12]}.tmp")
         self._n_tokens = self._n_documents = 0
         self._open = False
+        self._masked, self._n_counted = masked, 0
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> Writer:
@@ -115,15 +122,18 @@ class Writer:
             try:
                 self._tokens = (self._partial / "tokens.bin").open("wb", buffering=1 << 20)
                 self._offsets = (self._partial / "offsets.bin").open("wb", buffering=1 << 16)
+                self._mask = (self._partial / "mask.bin").open("wb") if self._masked else None
             except OSError:
                 shutil.rmtree(self._partial, ignore_errors=True)
                 raise
         return self
 
-    def add(self, ids: Sequence[int] | np.ndarray, more: bool = False) -> None:
+    def add(
+        self, ids: Sequence[int] | np.ndarray, more: bool = False, mask: np.ndarray | None = None
+    ) -> None:
         """Appends a document, or a part of one when `more` says that the next call continues it.
 
-        Raises: ValueError if an id lies outside the vocabulary.
+        Raises: ValueError if an id lies outside the vocabulary, or a mask is missing, too much or of another length.
         """
         ids = np.asarray(ids)
         if ids.size:
@@ -132,7 +142,14 @@ class Writer:
                 raise ValueError(
                     f"{self.path}: token id {low if low < 0 else high} outside [0, {self._vocab_size})"
                 )
+        if (mask is not None) != self._masked or (mask is not None and len(mask) != len(ids)):
+            raise ValueError(
+                f"{self.path}: {len(ids)} ids with {'no mask' if mask is None else f'a mask of {len(mask)}'}; "
+                f"a store is to have masks for all documents or for none, and this one was begun masked={self._masked}"
+            )
         data = ids.astype(self._dtype).tobytes()
+        if mask is not None:
+            self._add_mask(np.asarray(mask, np.uint8))
         with explained(self.path):
             self._tokens.write(data)
             if not self._open:
@@ -142,8 +159,15 @@ class Writer:
         self._n_tokens += ids.size
         self._open = more
 
+    def _add_mask(self, mask: np.ndarray) -> None:
+        with explained(self.path):
+            self._mask.write(mask.tobytes())
+        self._n_counted += int(np.count_nonzero(mask))
+
     def append(self, store: TokenStore, chunk: int = 1 << 22) -> None:
         """Copies all documents of a store to the end of this one, `chunk` tokens at a time."""
+        if (store.mask is not None) != self._masked:
+            raise ValueError(f"{store.path} has {'no' if self._masked else 'a'} mask, unlike {self.path}")
         if store.tokens.dtype != self._dtype:
             raise ValueError(f"{store.path} holds {store.tokens.dtype}, {self.path} {self._dtype}")
         for start in range(0, store.n_tokens, chunk):
@@ -151,6 +175,8 @@ class Writer:
             self._hash.update(data)
             with explained(self.path):
                 self._tokens.write(data)
+            if self._masked:
+                self._add_mask(store.mask[start : start + chunk])
         for start in range(0, len(store), chunk):
             with explained(self.path):
                 self._offsets.write(
@@ -168,6 +194,8 @@ class Writer:
                     self._tokens.close()
                 finally:
                     self._offsets.close()
+                    if self._masked:
+                        self._mask.close()
             if kind is None:
                 self._publish()
         finally:
@@ -177,6 +205,8 @@ class Writer:
         offsets = np.memmap(self._partial / "offsets.bin", "<i8", mode="r")
         self._hash.update(offsets)
         del offsets
+        if self._masked and self._n_tokens:
+            self._hash.update(np.memmap(self._partial / "mask.bin", "u1", mode="r"))
         meta = {
             "version": VERSION,
             "dtype": self._dtype.str,
@@ -185,6 +215,7 @@ class Writer:
             "n_tokens": self._n_tokens,
             "n_documents": self._n_documents,
             "hash": self._hash.hexdigest(),
+            **({"n_counted": self._n_counted} if self._masked else {}),
             **self.facts,
         }
         with explained(self.path):

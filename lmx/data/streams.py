@@ -1,18 +1,21 @@
 """Steps between a source and a store: each turns an iterator of documents into another, on the host.
 
-A document in parts (see sources.py) is one document to every stream: it is kept or left out whole.
+A document in parts (see sources.py) is one document to every stream: it is kept or left out whole. So is a
+conversation.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lmx.text.normalize import normalize, strip_controls
 
-from .sources import Document
+from .chat_template import ChatTemplate
+from .sources import Document, texts_of
 from .tally import Report
 
 _GROUP = 1 << 20
@@ -28,7 +31,8 @@ class Stream:
 
 @dataclass(frozen=True)
 class Clean(Stream):
-    """Unicode normalised to NFC, control characters removed, documents shorter than `min_chars` left out.
+    """Unicode normalised to NFC, control characters removed, documents shorter than `min_chars` left out; of
+    conversations those whose replies, one of them, are.
 
     Tab and line feed stay, and so do the joiners U+200C and U+200D, which Devanagari needs. Plain ASCII text
     without control characters comes out as it went in.
@@ -40,13 +44,14 @@ class Clean(Stream):
         report = report if report is not None else Report()
         continues = False
         for document in documents:
-            text = normalize(document["text"])
-            cleaned = strip_controls(text)
-            if len(cleaned) < len(text):
-                report.note("control_characters_removed", document["id"], len(text) - len(cleaned))
+            texts = [normalize(text) for text in texts_of(document)]
+            cleaned = [strip_controls(text) for text in texts]
+            if removed := sum(map(len, texts)) - sum(map(len, cleaned)):
+                report.note("control_characters_removed", document["id"], removed)
             more = document.get("more", False)
-            if continues or more or len(cleaned.strip()) >= self.min_chars:
-                yield {**document, "text": cleaned}
+            document = _with_texts(document, cleaned)
+            if continues or more or all(len(x.strip()) >= self.min_chars for x in _learned(document)):
+                yield document
             else:
                 report.skip("too_short", document["id"])
             continues = more
@@ -54,7 +59,7 @@ class Clean(Stream):
 
 @dataclass(frozen=True)
 class Split(Stream):
-    """The documents of one part, "train" or "valid", told apart by a hash of their text.
+    """The documents of one part, "train" or "valid", told apart by a hash of their text, or of roles and texts.
 
     So a document stays where it is when the corpus grows or is ordered anew, and equal documents are never on
     both sides. Of a document in parts the first part is hashed.
@@ -75,7 +80,7 @@ class Split(Stream):
         continues = chosen = False
         for document in documents:
             if not continues:
-                digest = hashlib.blake2b(document["text"].encode("utf-8"), digest_size=8).digest()
+                digest = hashlib.blake2b(_content(document), digest_size=8).digest()
                 is_valid = int.from_bytes(digest, "big") < self.valid * 2**64
                 chosen = is_valid == (self.part == "valid")
             continues = document.get("more", False)
@@ -103,15 +108,22 @@ class Tokenize(Stream):
     """Documents as token ids: {"ids": list of int, "id", perhaps "more"}, with bos before the first part and
     eos after the last, if the tokenizer has them; unknown tokens are noted. About a million characters are
     encoded at a time.
+
+    Conversations go through `chat` and get a "mask", 1 on the tokens of replies; see `ChatTemplate.replies`. Those that
+    the template refuses are left out, and counted.
     """
 
     tokenizer: Any
+    chat: ChatTemplate | None = None
 
     def __call__(self, documents, report=None):
         begin, end = ([] if i is None else [i] for i in (self.tokenizer.bos_id, self.tokenizer.eos_id))
         unknown = self.tokenizer.unk_id
         continues = False
         for group in _groups(documents):
+            if "messages" in group[0]:
+                yield from self._conversations(group, report if report is not None else Report())
+                continue
             encoded = self.tokenizer.encode_batch([document["text"] for document in group])
             for document, ids in zip(group, encoded):
                 if report is not None and unknown is not None and unknown in ids:
@@ -121,12 +133,45 @@ class Tokenize(Stream):
                 yield {"ids": ids, "id": document["id"], **({"more": True} if more else {})}
                 continues = more
 
+    def _conversations(self, group, report):
+        found = self.chat.replies(self.tokenizer, [document["messages"] for document in group])
+        for document, replies in zip(group, found, strict=True):
+            if isinstance(replies, str):
+                report.skip("refused_by_the_template", f"{document['id']}: {replies}")
+                continue
+            if replies.left_out:
+                report.note("replies_the_template_rewrites_later", document["id"], replies.left_out)
+            if (unknown := self.tokenizer.unk_id) is not None and unknown in replies.ids:
+                report.note("unknown_tokens", document["id"], replies.ids.count(unknown))
+            yield {"ids": replies.ids, "mask": replies.mask, "id": document["id"]}
+
+
+def _with_texts(document: Document, texts: list[str]) -> Document:
+    if "messages" not in document:
+        return {**document, "text": texts[0]}
+    messages = [message | {"content": text} for message, text in zip(document["messages"], texts)]
+    return {**document, "messages": messages}
+
+
+def _learned(document: Document) -> list[str]:
+    """The texts that are trained on: of a conversation, the replies."""
+    if "messages" not in document:
+        return texts_of(document)
+    return [message["content"] for message in document["messages"] if message["role"] == "assistant"]
+
+
+def _content(document: Document) -> bytes:
+    if "messages" not in document:
+        return document["text"].encode("utf-8")
+    said = [[message["role"], message["content"]] for message in document["messages"]]
+    return json.dumps(said, ensure_ascii=False).encode("utf-8")
+
 
 def _groups(documents):
     group, size = [], 0
     for document in documents:
         group.append(document)
-        size += len(document["text"])
+        size += sum(map(len, texts_of(document)))
         if size >= _GROUP:
             yield group
             group, size = [], 0

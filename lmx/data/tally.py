@@ -21,9 +21,9 @@ class Report:
     noted: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def skip(self, reason: str, where: str) -> None:
+    def skip(self, reason: str, where: str, n: int = 1) -> None:
         """Counts something left out, for example skip("broken_line", "a.jsonl:7 Expecting value")."""
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self.skipped[reason] = self.skipped.get(reason, 0) + n
         self._remember(reason, where)
 
     def note(self, reason: str, where: str, n: int = 1) -> None:

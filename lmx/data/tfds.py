@@ -22,6 +22,7 @@ from typing import Any
 
 from lmx import artifact
 
+from .chat import Chat
 from .sources import Source
 from .store import explained
 
@@ -54,6 +55,8 @@ def prepare_tfds(
             f"prepare_tfds: name={name!r}; use lower-case letters, digits and underscores: 'corpus/hi'"
         )
     splits = documents if isinstance(documents, dict) else {"train": documents}
+    if any(isinstance(stream, Chat) for stream in splits.values()):
+        raise ValueError("prepare_tfds: it writes texts, not conversations; keep those in JSONL or Parquet")
     setup = tfds.core.BuilderConfig(name=config, version=version, description=description) if config else None
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -6,7 +6,7 @@
     Word()       one id per frequent word; other words are lost to <|unk|>: the only lossy kind
     Bpe()        bytes, joined pair by pair; Sennrich et al. 2016, arXiv:1508.07909, on bytes as GPT-2 does
     Unigram()    the likeliest cut into pieces; Kudo 2018, arXiv:1804.10959; what has no piece, in bytes
-    File(path)   any tokenizer.json
+    File(path)   any tokenizer.json, or that of a released model
 
 Ids 0, 1, 2 are <|pad|>, <|bos|>, <|eos|>. Texts are read once and never held together; training twice on the
 same text gives the same tokenizer. The tokenizer.json also tells other programs to begin a text with <|bos|>.
@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import regex
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -81,6 +82,10 @@ class TokenizerSpec(ABC):
     def fingerprint(self) -> str:
         """Names what `train` would do, beside the texts."""
         return repr(self)
+
+    def beside(self) -> dict[str, str]:
+        """Name -> text of the files that came with the tokenizer, such as the template of conversations."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -247,15 +252,26 @@ class Unigram(TokenizerSpec):
 
 @dataclass(frozen=True)
 class File(TokenizerSpec):
-    """A tokenizer that exists: a tokenizer.json, or the folder that holds one. Texts are not needed."""
+    """A tokenizer that exists: a tokenizer.json, the folder that holds one, or a GGUF file. Texts are not needed.
+
+    Of a released model, a Hugging Face folder or GGUF file, and of a run made from one, the template of its
+    conversations is taken too.
+    """
 
     path: str
 
     def train(self, texts: Iterable[str] = ()) -> Tokenizer:
-        return Tokenizer.load(self.path)
+        from .released import tokenizer
+
+        return tokenizer(Path(self.path))
 
     def fingerprint(self) -> str:
-        return Tokenizer.load(self.path).hash
+        return self.train().hash
+
+    def beside(self) -> dict[str, str]:
+        from .released import beside
+
+        return beside(Path(self.path))
 
 
 def _check(spec: TokenizerSpec, least: int) -> None:

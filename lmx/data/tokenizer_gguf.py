@@ -170,6 +170,22 @@ def token_of(metadata: Mapping[str, Any], tokens: Sequence[str], role: str) -> s
     return tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None
 
 
+def beside_of(said: Mapping[str, Any]) -> dict[str, str]:
+    """What a Hugging Face folder says of its tokenizer, of chats and of how to generate, by the metadata: file name ->
+    text."""
+    tokens = said.get("tokenizer.ggml.tokens") or ()
+    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    roles = {role: token_of(said, tokens, name) for role, name in named.items()}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {"add_bos_token": begins(said)} | {role: token for role, token in roles.items() if token}
+    ends = [said.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    ids = [i for at, i in enumerate(ends) if i is not None and i not in ends[:at]]
+    found = {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2)}
+    found |= {"generation_config.json": json.dumps({"eos_token_id": ids}, indent=2)} if ids else {}
+    template = said.get("tokenizer.chat_template")
+    return found | ({} if template is None else {"chat_template.jinja": str(template)})
+
+
 def _added(i: int, token: str, special: bool) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": i, "content": token, "special": special, **flags}

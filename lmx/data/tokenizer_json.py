@@ -154,16 +154,20 @@ class Tokenizer:
           specials: a special token's name is that token, as in a text that a chat template wrote. begins: the text
             is a beginning; no space is put before one that goes on, as some tokenizers put before every text.
         """
-        if not specials:
-            return self.encode_batch([text])[0]
+        return self.located(text, begins)[0] if specials else self.encode_batch([text])[0]
+
+    def located(self, text: str, begins: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode` with specials, and of each the characters [start, end) of the text it was made of."""
         with told(f"{self._name} cannot encode this text", _OTHER):
             _utf8(text)
-            ids = self._with_specials.encode(text, add_special_tokens=False).ids
-            if begins:
-                return ids
-            line = self._with_specials.encode("\n", add_special_tokens=False).ids
-            after = self._with_specials.encode("\n" + text, add_special_tokens=False).ids
-        return after[len(line) :] if after[: len(line)] == line else ids
+            if not begins:
+                line = self._line_ids
+                after = self._with_specials.encode("\n" + text, add_special_tokens=False)
+                if after.ids[: len(line)] == line:
+                    at = after.offsets[len(line) :]
+                    return after.ids[len(line) :], [(start - 1, end - 1) for start, end in at]
+            found = self._with_specials.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, encoded in parallel.
@@ -219,6 +223,11 @@ class Tokenizer:
         return [(i, at[start], at[end]) for i, (start, end) in zip(encoding.ids, encoding.offsets)]
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The ids of its special tokens."""
+        return tuple(self._special)
+
+    @property
     def begins(self) -> bool:
         """Whether the file says that a text begins with the bos token."""
         first = self._rust.encode("", add_special_tokens=True).ids[:1]
@@ -242,10 +251,15 @@ class Tokenizer:
 
     @functools.cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
-        """A copy that finds special tokens in a text: a setting of the library's, which threads would share."""
-        rust = tokenizers.Tokenizer.from_str(self._rust.to_str())
+        """A copy that finds special tokens in a text: a setting of the library's, which threads would share. It has no
+        post-processor, which would leave spaces out of where a token stands."""
+        rust = tokenizers.Tokenizer.from_str(json.dumps(self.layout | {"post_processor": None}))
         rust.encode_special_tokens = False
         return rust
+
+    @functools.cached_property
+    def _line_ids(self) -> list[int]:
+        return self._with_specials.encode("\n", add_special_tokens=False).ids
 
     @property
     def layout(self) -> dict[str, Any]:

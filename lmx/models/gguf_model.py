@@ -8,13 +8,12 @@ Source: ggml, docs/gguf.md; gguf-py, constants.py, for the names.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from lmx.data import Tokenizer
-from lmx.data.tokenizer_gguf import begins, token_of, tokenizer_of
+from lmx.data.tokenizer_gguf import beside_of, tokenizer_of
 from lmx.formats import Tensor
 from lmx.formats.gguf import Gguf
 from lmx.models.families import FAMILIES, Family, Fields, check_counts, config_of
@@ -104,18 +103,7 @@ def tokenizer(file: Gguf) -> Tokenizer:
 
 def beside(file: Gguf) -> dict[str, str]:
     """What a Hugging Face folder says of its tokenizer, of chats and of how to generate: file name -> text."""
-    said = file.metadata
-    tokens = said.get("tokenizer.ggml.tokens") or ()
-    named = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    roles = {role: token_of(said, tokens, name) for role, name in named.items()}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {"add_bos_token": begins(said)} | {role: token for role, token in roles.items() if token}
-    ends = [said.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
-    ids = [i for at, i in enumerate(ends) if i is not None and i not in ends[:at]]
-    found = {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2)}
-    found |= {"generation_config.json": json.dumps({"eos_token_id": ids}, indent=2)} if ids else {}
-    template = said.get("tokenizer.chat_template")
-    return found | ({} if template is None else {"chat_template.jinja": str(template)})
+    return beside_of(file.metadata)
 
 
 def _fields(file: Gguf, name: str) -> dict[str, Any]:

@@ -24,7 +24,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmx import tree
-from lmx.data import ChatTemplate, Tokenizer
+from lmx.data import Tokenizer, released
+from lmx.data.released import KEPT as KEPT
+from lmx.data.released import beside, end_ids, object_in, read_object
+from lmx.data.released import chat as chat
+from lmx.data.released import is_released as is_released
 from lmx.formats import Tensor, gguf, safetensors
 from lmx.formats.codes import Scheme
 from lmx.formats.gguf import Gguf
@@ -35,16 +39,6 @@ from lmx.models.transformer import RULES, TransformerConfig, build
 from lmx.models.weight_map import Entry
 from lmx.weights import Quantized, Weight
 
-BESIDE = (
-    "config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-)
-KEPT = "released"
-"""The subfolder of a run that keeps what came beside the weights of the model it was made from."""
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Tensors that older files hold beside the weights: masks and frequencies, which a model computes itself."""
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
@@ -89,68 +83,13 @@ class Pretrained:
 
         Raises: FileNotFoundError if there is none; ValueError if it is damaged.
         """
-        if self.gguf:
-            found = gguf_model.tokenizer(self.gguf)
-        else:
-            found = Tokenizer.load(self.path)
-            says = self.path / "tokenizer_config.json"
-            config = read_object(says) if says.exists() else {}
-            found = found if config.get("add_bos_token", found.begins) else found.without("bos_token")
+        found = gguf_model.tokenizer(self.gguf) if self.gguf else released.in_folder(self.path)
         return found.ending_with(end_ids(self.beside(), self.path))
-
-
-def is_released(path: Path) -> bool:
-    """Whether a path is a GGUF file or a folder with a config.json and no run in it."""
-    return path.suffix == ".gguf" or ((path / "config.json").exists() and not (path / "run.txt").exists())
-
-
-def beside(folder: Path) -> dict[str, str]:
-    """Name -> text of those of the files in BESIDE that a folder has."""
-    kept = (path for path in map(folder.joinpath, BESIDE) if path.is_file())
-    return {path.name: path.read_text(encoding="utf-8") for path in kept}
-
-
-def chat(beside: Mapping[str, str], where: Path) -> ChatTemplate | None:
-    """The chat template among what came beside a model; None if there is none, or none that is the default.
-
-    Raises: ValueError for a file that is damaged, or a template that is no text.
-    """
-    config = _object(beside, "tokenizer_config.json", where)
-    name, source = "chat_template.jinja", beside.get("chat_template.jinja")
-    if source is None:
-        name, source = "tokenizer_config.json", config.get("chat_template")
-    if isinstance(source, list):
-        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        source = named.get("default")
-    if source is None:
-        return None
-    if not isinstance(source, str):
-        raise ValueError(f"{where / name}: chat_template is {source!r:.99}, not a text")
-    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
-    tokens = {key: x.get("content") if isinstance(x, dict) else x for key, x in tokens.items()}
-    specials = {key: token for key, token in tokens.items() if isinstance(token, str)}
-    return ChatTemplate(source, specials, f"the chat template {where / name}")
-
-
-def end_ids(beside: Mapping[str, str], where: Path) -> tuple[int, ...]:
-    """The ids that end a reply, as what came beside a model says: eos_token_id of generation_config.json, else of
-    config.json.
-
-    Raises: ValueError for a file that is damaged, or an eos_token_id that is neither an id nor a list of ids.
-    """
-    for name in ("generation_config.json", "config.json"):
-        found = _object(beside, name, where).get("eos_token_id")
-        if found is not None:
-            ids = found if isinstance(found, list) else [found]
-            if not all(type(i) is int for i in ids):
-                raise ValueError(f"{where / name}: eos_token_id={found!r:.99}; use an id or a list of ids")
-            return tuple(ids)
-    return ()
 
 
 def context(beside: Mapping[str, str], where: Path) -> int | None:
     """Tokens that the model was trained to read at once, where the config.json beside it says so."""
-    return _context(_object(beside, "config.json", where))
+    return _context(object_in(beside, "config.json", where))
 
 
 def find(path: str | Path) -> Pretrained:
@@ -308,7 +247,7 @@ def _meaning(config: TransformerConfig) -> dict[str, Any]:
         attention=replace(a, n_kv_heads=a.kv_heads, head_dim=H, scale=scale, impl="auto"),
         mlp=replace(config.mlp, d_ff=config.mlp.width(config.d_model)),
     )
-    free = ("dropout", "init_std", "dtype", "remat", "unroll")
+    free = ("dropout", "embed_noise", "init_std", "dtype", "remat", "unroll")
     found = {f.name: getattr(settled, f.name) for f in fields(settled) if f.name not in free}
     for name in ("attention", "norm"):
         part = found.pop(name)
@@ -327,25 +266,6 @@ def _config_json(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no config.json; give the folder of a model")
     return read_object(file)
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises: ValueError if it holds something else."""
-    try:
-        return _object({file.name: file.read_text(encoding="utf-8")}, file.name, file.parent)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not a JSON object ({error!s:.200})") from None
-
-
-def _object(files: Mapping[str, str], name: str, where: Path) -> dict[str, Any]:
-    """The JSON object of one of the files, by name -> text; {} if it is not there."""
-    try:
-        found = json.loads(files.get(name, "{}"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where / name}: not a JSON object ({error!s:.200})") from None
-    return found
 
 
 def _family(found: Mapping[str, Any], path: Path) -> Family:

@@ -17,6 +17,7 @@ import jax
 
 import lmx
 from lmx import values
+from lmx.data.released import KEPT
 
 PACKAGES = ("lmx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "libtpu")
 MOST = 200
@@ -26,13 +27,17 @@ FILES = ("tokenizer.json", "data.json", "environment.json", "overrides.json", "s
 def record(
     out: Path, run: Any, prepared: Any, devices: list, source: Path | None = None, base: Any = None
 ) -> None:
-    """Writes run.txt, tokenizer.json, environment.json, data.json, and if there are any overrides.json,
-    source.py and uncommitted.diff.
+    """Writes run.txt, the tokenizer, environment.json, data.json, and if there are any overrides.json, source.py,
+    uncommitted.diff, and in the folder KEPT what came with the tokenizer.
 
     source: the experiment file that made the run. base: the run it varies, for overrides.json.
     """
     (out / "run.txt").write_text(values.show(run) + "\n", encoding="utf-8")
-    prepared.tokenizer.save(out / "tokenizer.json")
+    prepared.tokenizer.save(out)
+    for name, text in prepared.beside.items():
+        if name != "tokenizer.json":
+            (out / KEPT).mkdir(exist_ok=True)
+            (out / KEPT / name).write_text(text, encoding="utf-8")
     package = Path(lmx.__file__).parent
     tracked = bool(_git(package, "ls-files", "__init__.py"))
     environment = {
@@ -52,6 +57,7 @@ def record(
         "tokenizer": prepared.tokenizer.hash,
         "seed": run.seed,
         "padding_share": prepared.train.padding_share,
+        "loss_share": prepared.train.loss_share,
         "text": prepared.report.to_json(),
     }
     _json(out / "data.json", data)

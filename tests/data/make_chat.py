@@ -1,4 +1,4 @@
-"""Makes tests/data/chat: what transformers' apply_chat_template answers, as text and as ids.
+"""Makes tests/data/chat: what transformers' apply_chat_template answers, as text, as ids, and as masks of replies.
 
     python tests/data/make_chat.py            needs transformers; `scripts/test --peers` runs it
 
@@ -118,6 +118,21 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration -%}
 {% endif %}
 {% endfor %}"""
+MARKED = """{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}\
+{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}\
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"""
+ZEPHYR = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
 PHI = """{% for message in messages %}{% if message['role'] == 'note' %}{% continue %}{% endif %}
 {{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}{% if loop.index > 50 %}{% break %}{% endif %}
 {% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
@@ -161,6 +176,12 @@ CALLS = [
     {"role": "tool", "content": "31 °C"},
     {"role": "tool", "content": "धूप"},
 ]
+TURNS = [
+    *TALK[1:],
+    {"role": "assistant", "content": "क्षत्रिय, स्त्री\n\n1. ज्ञान 👩‍👩‍👧"},
+    {"role": "user", "content": "और?"},
+    {"role": "assistant", "content": "बस।"},
+]
 TURNED = [HELLO[0], HELLO[0]]
 CASES = [  # template, messages, variables
     *(
@@ -188,6 +209,8 @@ TEMPLATES = {
     "mistral": MISTRAL,
     "phi": PHI,
     "odd": ODD,
+    "marked": MARKED,
+    "zephyr": ZEPHYR,
 }
 SPECIALS = (
     "<unk> <s> </s> <|endoftext|> <|im_start|> <|im_end|> <|start|> <|end|> <|eot|> <start_of_turn> <end_of_turn>"
@@ -261,6 +284,19 @@ def make(folder: Path) -> None:
         case["ids"] = {kind: t.apply_chat_template(messages, **ids, **asked) for kind, t in theirs.items()}
         found.append(case)
     lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in found)
+    masks = []
+    for name, kind in ((name, kind) for name in ("mistral", "marked") for kind in theirs):
+        for messages in (TURNS, TURNS[:2]):
+            asked = {
+                "chat_template": TEMPLATES[name],
+                "return_dict": True,
+                "return_assistant_tokens_mask": True,
+            }
+            got = theirs[kind].apply_chat_template(messages, tokenize=True, **asked)
+            case = {"template": name, "tokenizer": kind, "messages": messages}
+            masks.append(case | {"ids": got["input_ids"], "mask": got["assistant_masks"]})
+    lines_of_masks = ",\n".join(json.dumps(case, ensure_ascii=False) for case in masks)
+    (folder / "masks.json").write_text(f"[\n{lines_of_masks}\n]\n", encoding="utf-8")
     about = {"transformers": transformers.__version__, "roles": roles}
     head = json.dumps(about, ensure_ascii=False)[:-1]
     (folder / "expected.json").write_text(f'{head}, "cases": [\n{lines}\n]}}\n', encoding="utf-8")

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from lmx import tree, values
 from lmx.models import PRESETS, TransformerConfig, build, flops_per_token, n_params, preset
 from lmx.models.presets import gpt2, llama
+from lmx.models.transformer import Transformer
 from lmx.nn import AttentionConfig, MlpConfig, MoeConfig, NormConfig
-from lmx.ops.mask import Causal, Full, PrefixLM, SlidingWindow
+from lmx.ops.mask import Causal, Full, PrefixLM, SlidingWindow, Where
 from lmx.ops.position import T5, ALiBi, Learned, NoPE, RoPE, Sinusoidal
 
 V = 23
@@ -215,6 +216,35 @@ def test_embeddings_are_dropped_too():
     params["blocks"] = jax.tree.map(jnp.zeros_like, params["blocks"])
     hidden = model.apply(params, some((4, 32)), jax.random.key(1)).hidden
     assert 0.4 < float((hidden == 0).mean()) < 0.6
+
+
+def test_noise_on_embeddings_is_as_wide_as_the_length_of_each_segment_says():
+    """Jain et al. 2023, algorithm 1: uniform in +-a / sqrt(L d), here with L of the segment; only with a key."""
+    D, a = LLAMA.d_model, 5.0
+    lengths = (40, 8, 16)
+    ids = np.repeat([1, 2, 3], lengths)[None].repeat(64, 0).astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in lengths])[None].repeat(64, 0).astype(np.int32)
+    batch = some(ids.shape) | {"positions": jnp.array(positions), "segment_ids": jnp.array(ids)}
+    _, params = make(LLAMA)
+
+    def entered(config, **rngs):
+        module = Transformer(config, None, lambda x, *axes: x, 1, deterministic=not rngs)
+        where = Where(batch["positions"], batch["segment_ids"])
+        return module.apply({"params": params}, batch["tokens"], where, only="enter", rngs=rngs)
+
+    noisy = dataclasses.replace(LLAMA, embed_noise=a)
+    plain = entered(LLAMA)
+    np.testing.assert_array_equal(entered(noisy), plain)
+    noise = np.asarray(entered(noisy, dropout=jax.random.key(1)) - plain)
+    for segment, length in enumerate(lengths, 1):
+        here, bound = noise[ids == segment], a / (length * D) ** 0.5
+        assert 0.99 * bound < np.abs(here).max() <= bound * 1.0001
+        assert here.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+        assert abs(here.mean()) < 5 * here.std() / here.size**0.5
+    model = build(noisy)
+    with_key = [np.asarray(model.apply(params, batch, jax.random.key(i)).hidden) for i in (1, 2)]
+    assert np.abs(with_key[0] - with_key[1]).max() > 1e-2
+    np.testing.assert_array_equal(model.apply(params, batch).hidden, build(LLAMA).apply(params, batch).hidden)
 
 
 def test_dropout_differs_between_layers():
