@@ -21,6 +21,7 @@ from lmx.tasks import (
     prompt_text,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:Unigram. vocab_size=400 is more than this text supports")
 TEXT = [
     "समीक्षा: बहुत अच्छी फ़िल्म है। भाव: सकारात्मक",
     "समीक्षा: बहुत बुरी फ़िल्म है। भाव: नकारात्मक",
@@ -35,7 +36,7 @@ KINDS = {
     "byte": Byte(),
     "char": Char(),
     "bpe": Bpe(vocab_size=340),
-    "unigram": Unigram(vocab_size=300),
+    "unigram": Unigram(vocab_size=400),
     "word": Word(vocab_size=24),
     "nfkc": Bpe(vocab_size=340, normalize="NFKC"),
 }
