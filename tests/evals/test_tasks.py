@@ -40,15 +40,13 @@ CHATML = ChatTemplate(
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-HINDI = [
-    ("बहुत अच्छी", 1), ("बेकार", 0), ("ठीक थी पर लंबी", 0), ("कमाल", 1), ("मज़ा आया", 1), ("नींद आ गई", 0), ("सुंदर", 1),
-]  # fmt: skip
+HINDI = [("सुंदर है", 1), ("बुरी", 0), ("लंबी थी", 0), ("कमाल", 1)]
 TASK = Task(
     "समीक्षा",
     test=Records([{"text": text, "label": label} for text, label in HINDI]),
     train=Records([{"text": f"फ़िल्म {i}", "label": i % 2} for i in range(6)]),
-    template=Template("फ़िल्म: {text}\nभाव:", " {label}"),
-    answer=Choices({"0": "बुरा", "1": "अच्छा", "2": "अच्छा-बुरा"}),
+    template=Template("{text}\nभाव:", " {label}"),
+    answer=Choices({"0": "ना", "1": "हाँ", "2": "हाँ-ना"}),
     instruction="एक शब्द।",
 )
 
@@ -56,16 +54,13 @@ TASK = Task(
 @functools.cache
 def trained(kind="byte", **more) -> Trained:
     """A model of random weights, large enough to have opinions."""
-    tokenizer = (
-        Byte().train()
-        if kind == "byte"
-        else Bpe(vocab_size=330).train([t for t, _ in HINDI] * 9 + ["भाव: अच्छा"] * 9)
-    )
+    kinds = {"byte": Byte(), "bpe": Bpe(vocab_size=300)}
+    tokenizer = kinds[kind].train([text for text, _ in HINDI] * 9 + ["भाव: हाँ-ना"] * 9)
     config = llama(
         16,
+        1,
         2,
-        4,
-        n_kv_heads=2,
+        n_kv_heads=1,
         vocab_size=tokenizer.vocab_size,
         init_std=0.3,
         mlp=MlpConfig(d_ff=24),
@@ -105,9 +100,8 @@ def of(result):
     return np.array([list(x.probabilities.values()) for x in result.outcomes])
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
-@pytest.mark.parametrize("shared", [0, 40], ids=["nothing shared", "40 shared"])
-def test_log_likelihoods_equal_a_float64_forward_pass(batch_tokens, shared):
+@pytest.mark.parametrize("shared, batch_tokens, fast", [(0, 4096, False), (40, 64, True)])
+def test_log_likelihoods_equal_a_float64_forward_pass(shared, batch_tokens, fast):
     model = trained()
     rng = np.random.default_rng(0)
     head = [int(i) for i in rng.integers(3, 250, shared)]
@@ -117,13 +111,13 @@ def test_log_likelihoods_equal_a_float64_forward_pass(batch_tokens, shared):
         asked.append(Encoded(ids, start + len(head)))
         asked.append(Encoded([*ids[:-1], 7], start + len(head)))
         asked.append(Encoded([*ids, 8, 9], start + len(head)))
-    for fast in (model, model.for_decoding()):
-        found, n_shared = log_likelihoods(
-            fast.model, fast.params, fast.tokenizer, asked, batch_tokens=batch_tokens
-        )
-        assert n_shared == shared
-        for got, x in zip(found, asked):
-            np.testing.assert_allclose(got, by_definition(model, *x), rtol=1e-4, atol=1e-4)
+    used = model.for_decoding() if fast else model
+    found, n_shared = log_likelihoods(
+        used.model, used.params, used.tokenizer, asked, batch_tokens=batch_tokens
+    )
+    assert n_shared == shared
+    for got, x in zip(found, asked):
+        np.testing.assert_allclose(got, by_definition(model, *x), rtol=1e-4, atol=1e-4)
 
 
 def test_contexts_that_begin_another_share_its_row():
@@ -133,8 +127,7 @@ def test_contexts_that_begin_another_share_its_row():
     assert all(rows[row][: len(x)] == x for x, row in zip(contexts, row_of))
 
 
-@pytest.mark.parametrize("kind", ["byte", "bpe"])
-@pytest.mark.parametrize("k, chat", [(0, False), (3, False), (2, True)])
+@pytest.mark.parametrize("kind, k, chat", [("byte", 0, False), ("bpe", 2, False), ("bpe", 1, True)])
 def test_choices_are_weighed_by_their_likelihood(kind, k, chat):
     model, shots = trained(kind), Shots(k, "balanced", seed=4)
     shown = shots(TASK.examples("train"))
@@ -176,14 +169,14 @@ def test_calibration_takes_off_what_is_thought_without_a_question():
 
 def greedy(model, ids, n, stop):
     """The text of the likeliest tokens, one forward pass each, up to the stop string."""
-    text = ""
+    text = model.tokenizer.decode(ids)
     for _ in range(n):
         best = int(numpy_model.logits(model.params, model.model.config, [ids])[0, -1].argmax())
         if best in model.tokenizer.end_ids:
             break
         ids = [*ids, best]
         text = model.tokenizer.decode(ids)
-    return text
+    return text.split(stop[0])[0]
 
 
 def test_free_text_is_written_greedily_and_judged():
@@ -214,15 +207,15 @@ def test_numbers_are_read_from_what_is_written():
 
 
 def test_a_result_is_kept_as_lines_and_shown(tmp_path):
-    result = score(trained(), TASK, limit=4, seed=1)
+    result = score(trained(), TASK, limit=2, seed=1)
     result.save(tmp_path / "outcomes.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "outcomes.jsonl").read_text("utf-8").splitlines()]
-    assert [row["where"] for row in rows] == [x.where for x in result.outcomes] and len(rows) == 4
+    assert [row["where"] for row in rows] == [x.where for x in result.outcomes] and len(rows) == 2
     assert rows[0]["probabilities"] == result.outcomes[0].probabilities
-    assert "accuracy" in result.table().text() and "समीक्षा: 4 examples" in result.table().text()
-    again = score(trained(), TASK, limit=4, seed=1)
+    assert "accuracy" in result.table().text() and "समीक्षा: 2 examples" in result.table().text()
+    again = score(trained(), TASK, limit=2, seed=1)
     assert (again.outcomes, again.metrics) == (result.outcomes, result.metrics)
-    assert [x.where for x in score(trained(), TASK, limit=4, seed=2).outcomes] != [
+    assert [x.where for x in score(trained(), TASK, limit=2, seed=2).outcomes] != [
         row["where"] for row in rows
     ]
     assert difference((Accuracy(),), result.outcomes, again.outcomes)["accuracy"].value == 0
@@ -231,25 +224,28 @@ def test_a_result_is_kept_as_lines_and_shown(tmp_path):
 def test_training_questions_in_the_test_are_told():
     task = dataclasses.replace(TASK, train=TASK.test)
     with pytest.warns(
-        UserWarning, match=r"समीक्षा: 7 of 7 test questions \(100.0%\) are in its training records"
+        UserWarning, match=r"समीक्षा: 4 of 4 test questions \(100.0%\) are in its training records"
     ):
         score(trained(), task, Shots(1))
 
 
+ROOM = 68
+
+
 def test_examples_that_do_not_fit_are_left_out_and_counted():
-    model = trained(position=Learned(90))
+    model = trained(position=Learned(ROOM))
     with pytest.warns(
-        UserWarning, match=r"skipped \d longer than positions: row 0: \d+ tokens for 90 positions"
+        UserWarning, match=r"skipped \d longer than positions: row 0: \d+ tokens for 68 positions"
     ):
         result = score(model, TASK)
-    fit = {x.where for x in TASK.examples() if of_choices(trained(), TASK, x.question) and _length(x) <= 90}
+    fit = {x.where for x in TASK.examples() if _length(x) <= ROOM}
     assert {x.where for x in result.outcomes} == fit and 0 < len(fit) < len(HINDI)
     for got, x in zip(result.outcomes, (x for x in TASK.examples() if x.where in fit)):
         log_p, _ = of_choices(model, TASK, x.question)
         np.testing.assert_allclose(list(got.probabilities.values()), softmax(log_p), atol=1e-3)
-    with pytest.raises(ValueError, match="no example fits the model's 90 positions; show fewer"):
+    with pytest.raises(ValueError, match="no example fits the model's 68 positions; show fewer"):
         score(model, TASK, Shots(6))
-    short = trained()._replace(context=80)
+    short = trained()._replace(context=ROOM)
     assert score(short, TASK).report.noted["longer_than_context"] > 0
 
 
