@@ -5,6 +5,7 @@ from .batches import Batches, ahead, iterate
 from .chat import Chat
 from .chat_template import ChatTemplate
 from .prepare import Data, Prepared, prepare
+from .records import Records
 from .sources import Documents, Jsonl, Parquet, Source, Text, Tfds, source
 from .store import TokenStore
 from .streams import Clean, Split, Stream, Take, Tokenize
@@ -28,6 +29,7 @@ __all__ = [
     "Jsonl",
     "Parquet",
     "Prepared",
+    "Records",
     "Report",
     "Source",
     "Split",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .sources import Document, _Files, array_hint, encodable, json_rows, parquet_rows
+from .sources import Document, _Files, array_hint, encodable, json_objects, opened_parquet, parquet_rows
 from .tally import Report
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -41,7 +41,7 @@ class Chat(_Files):
             raise ValueError(f"Chat: keep={self.keep!r}; use 'head' or 'tail'")
 
     def _read_file(self, path: Path, report: Report) -> Iterator[Document]:
-        rows = _parquet(path, report) if path.suffix == ".parquet" else json_rows(path, report)
+        rows = _parquet(path, report) if path.suffix == ".parquet" else json_objects(path, report)
         for where, row in rows:
             try:
                 messages = messages_of(row)
@@ -124,18 +124,12 @@ def _text(found: Any, where: str) -> str:
 def _parquet(path: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of a Parquet file, of those columns that make a shape."""
     known = {name for shape in (*SHAPES, ("input",)) for name in shape}
-
-    def columns(path: Path, schema: Any, types: Any) -> list[str]:
-        found = [name for name in schema.names if name in known]
+    with opened_parquet(path) as file:
+        names = file.schema_arrow.names
+        found = [name for name in names if name in known]
         if not found or len(set(found)) < len(found):
             raise ValueError(
-                f"{path}: it has the columns {', '.join(map(repr, schema.names))}, of which Chat reads each of "
+                f"{path}: it has the columns {', '.join(map(repr, names))}, of which Chat reads each of "
                 f"{', '.join(sorted(known))} once; rename them"
             )
-        return found
-
-    for where, row in parquet_rows(path, columns):
-        try:
-            yield where, {name: value.as_py() for name, value in row.items()}
-        except UnicodeDecodeError as error:
-            report.skip("invalid_utf8", f"{where} ({error.reason})")
+        yield from parquet_rows(file, path, found, report)

@@ -99,9 +99,15 @@ class ChatTemplate:
         raise ValueError(f"{self.name} {_told(answer)}")
 
     def ids(
-        self, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool = True, **variables: Any
+        self,
+        tokenizer: Tokenizer,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        reply: str = "",
+        **variables: Any,
     ) -> list[int]:
-        """The token ids of `render`. The template's special tokens are special; those that a message spells are text.
+        """The token ids of `render`, and of a reply that goes on with its text. The template's special tokens are
+        special; those that a message or the reply spells are text.
 
         Without such spellings these are the ids of the whole rendered text; no bos is added to the template's own.
         With them, a private-use character that occurs nowhere else is put behind the first character of each spelling
@@ -110,8 +116,10 @@ class ChatTemplate:
         Raises: ValueError as `render`, and for a text that the tokenizer cannot encode.
         """
         ends = (tokenizer.token(i) for i in tokenizer.end_ids)
-        marked, mark = _marked(messages, (*tokenizer.specials, *filter(None, ends)), self.source)
-        text = self.render(marked, add_generation_prompt, **variables)
+        written = [*messages, {"content": reply}]
+        marked, mark = _marked(written, (*tokenizer.specials, *filter(None, ends)), self.source)
+        *marked, begun = marked
+        text = self.render(marked, add_generation_prompt, **variables) + begun["content"]
         first, *others = text.split(mark) if mark else [text]
         ids = tokenizer.encode(first, specials=True)
         for part in others:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -196,7 +197,7 @@ class Jsonl(_Files):
     field: str = "text"
 
     def _read_file(self, path: Path, report: Report) -> Iterator[Document]:
-        for where, record in json_rows(path, report):
+        for where, record in json_objects(path, report):
             if self.field not in record:
                 report.skip("field_missing", f"{where} has {', '.join(map(repr, record)) or 'no field'}")
             else:
@@ -217,27 +218,20 @@ class Parquet(_Files):
     field: str = "text"
 
     def _read_file(self, path: Path, report: Report) -> Iterator[Document]:
-        for where, row in parquet_rows(path, self._columns):
-            try:
-                text = row[self.field].as_py()
-                text = text.decode("utf-8") if isinstance(text, bytes) else text
-            except UnicodeDecodeError as error:
-                report.skip("invalid_utf8", f"{where} ({error.reason})")
-                continue
-            yield from _checked(text, where, report)
-
-    def _columns(self, path: Path, schema: Any, types: Any) -> list[str]:
-        if (n := schema.names.count(self.field)) != 1:
-            raise ValueError(
-                f"{path}: {f'{n} columns' if n else 'no column'} {self.field!r}; it has "
-                f"{', '.join(map(repr, schema.names))}: name one text column with Parquet(path, field=...)"
-            )
-        kind = schema.field(self.field).type
-        if not _holds_text(kind, types):
-            raise ValueError(
-                f"{path}: column {self.field!r} holds {kind}, not text; name another with field=..."
-            )
-        return [self.field]
+        with opened_parquet(path) as file:
+            names = file.schema_arrow.names
+            if (n := names.count(self.field)) != 1:
+                raise ValueError(
+                    f"{path}: {f'{n} columns' if n else 'no column'} {self.field!r}; it has "
+                    f"{', '.join(map(repr, names))}: name one text column with Parquet(path, field=...)"
+                )
+            kind = file.schema_arrow.field(self.field).type
+            if not _holds_text(kind):
+                raise ValueError(
+                    f"{path}: column {self.field!r} holds {kind}, not text; name another with field=..."
+                )
+            for where, row in parquet_rows(file, path, [self.field], report):
+                yield from _checked(row[self.field], where, report)
 
 
 @dataclass(frozen=True)
@@ -321,8 +315,8 @@ def source(spec: str | Source) -> Source:
     return kind(spec)
 
 
-def json_rows(path: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of each line of a JSONL file; lines that are no object are counted."""
+def json_objects(path: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of each line of a JSONL file; what is no JSON object is counted and passed over."""
     for number, line in lines(path, MAX_LINE):
         where = f"{path}:{number}"
         if line is None:
@@ -334,13 +328,14 @@ def json_rows(path: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]
             record = json.loads(line)
         except UnicodeDecodeError as error:
             report.skip("invalid_utf8", f"{where} ({error.reason}, byte {error.start} of the line)")
+            continue
         except (ValueError, RecursionError) as error:
             report.skip("broken_line", f"{where} ({error})")
+            continue
+        if not isinstance(record, dict):
+            report.skip("not_an_object", f"{where} is a JSON {type(record).__name__}")
         else:
-            if isinstance(record, dict):
-                yield where, record
-            else:
-                report.skip("not_an_object", f"{where} is a JSON {type(record).__name__}")
+            yield where, record
 
 
 def array_hint(path: Path) -> str:
@@ -350,30 +345,53 @@ def array_hint(path: Path) -> str:
     return "\nThe file looks like one JSON array; write an object a line: jq -c '.[]'" if is_array else ""
 
 
-def parquet_rows(
-    path: Path, columns: Callable[[Path, Any, Any], list[str]]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, {column: pyarrow scalar}) of each row of a Parquet file.
-
-    columns: (path, schema, pyarrow.types) -> the names of those to read; it raises if the file has not what it should.
-    """
-    pyarrow, parquet = _pyarrow()
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[Any]:
+    """A pyarrow ParquetFile. Raises: ImportError naming what to install; ValueError for another file."""
     try:
-        file = parquet.ParquetFile(path)
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ImportError("reading Parquet needs pyarrow: pip install 'lmx[parquet]'") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({error}); fetch or write it again") from None
     with file:
-        names = columns(path, file.schema_arrow, pyarrow.types)
-        row = 0
-        try:
-            for batch in file.iter_batches(batch_size=256, columns=names):
-                for values in zip(*(batch.column(name) for name in names)):
-                    row += 1
-                    yield f"{path}:{row - 1}", dict(zip(names, values))
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(
-                f"{path}: damaged after row {row:,} ({error}); fetch or write it again"
-            ) from None
+        yield file
+
+
+def parquet_rows(
+    file: Any, path: Path, names: Sequence[str], report: Report
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, {column: value}) of each row, by batches; bytes are UTF-8 text, and a row where they are not is
+    counted and passed over. Raises: ValueError that tells after which row a file is damaged."""
+    import pyarrow
+
+    row = 0
+    try:
+        for batch in file.iter_batches(batch_size=256, columns=list(names)):
+            for values in zip(*(batch.column(name) for name in names)):
+                where = f"{path}:{row}"
+                row += 1
+                try:
+                    plain = [value.as_py() for value in values]
+                    plain = [x.decode("utf-8") if isinstance(x, bytes) else x for x in plain]
+                except UnicodeDecodeError as error:
+                    report.skip("invalid_utf8", f"{where} ({error.reason})")
+                    continue
+                yield where, dict(zip(names, plain))
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: damaged after row {row:,} ({error}); fetch or write it again") from None
+
+
+def encodable(text: str) -> bool:
+    """Whether the text has UTF-8: not so with half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _raw(path):
@@ -389,15 +407,6 @@ def _checked(text, where, report):
         report.skip("invalid_unicode", f"{where} holds half of a surrogate pair")
     else:
         yield from _parts(pieces([text]), where)
-
-
-def encodable(text: str) -> bool:
-    """Whether it has UTF-8: no half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parts(texts, name):
@@ -453,18 +462,11 @@ def _grapheme_cut(text, at):
     return next((end for end in inner if end >= at), inner[-1] if inner else len(text))
 
 
-def _holds_text(kind, types):
+def _holds_text(kind):
     """Whether the values of a Parquet column are strings or bytes."""
+    from pyarrow import types
+
     kind = kind.value_type if types.is_dictionary(kind) else kind
     strings = (types.is_string, types.is_large_string, types.is_string_view)
     bytes_ = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
     return any(is_of(kind) for is_of in (*strings, *bytes_))
-
-
-def _pyarrow():
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError("reading Parquet needs pyarrow: pip install 'lmx[parquet]'") from None
-    return pyarrow, pyarrow.parquet

@@ -157,12 +157,35 @@ def examples(name: str, split: str, field: str, data_dir: str | None = None) -> 
     Raises: FileNotFoundError as folder_of; ValueError naming the splits, features or format there are.
     """
     tfds = _tfds()
-    folder = folder_of(name, data_dir)
-    builder = tfds.builder_from_directory(str(folder))
-    features = dict(builder.info.features or {})
-    if not isinstance(features.get(field), tfds.features.Text):
-        kinds = ", ".join(f"{k!r} ({type(v).__name__})" for k, v in features.items())
-        raise ValueError(f"tfds:{name}: no text feature {field!r}; it has {kinds}: Tfds(name, field=...)")
+    builder = tfds.builder_from_directory(str(folder_of(name, data_dir)))
+    if not isinstance(dict(builder.info.features or {}).get(field), tfds.features.Text):
+        raise ValueError(
+            f"tfds:{name}: no text feature {field!r}; it has {_kinds(builder)}: Tfds(name, field=...)"
+        )
+    for found in _parsed(builder, name, split):
+        more = found["more"].int64_list.value if "more" in found else ()
+        yield {field: b"".join(found[field].bytes_list.value), "more": bool(more and more[0])}
+
+
+def rows(name: str, split: str, data_dir: str | None = None) -> Iterator[dict[str, Any]]:
+    """{feature: value} of each example of a split, in stored order: text and other bytes as bytes, numbers as
+    they are stored (a class as its number), a list for a feature that has a shape.
+
+    Raises: as `examples`.
+    """
+    builder = _tfds().builder_from_directory(str(folder_of(name, data_dir)))
+    scalars = {key for key, kind in dict(builder.info.features or {}).items() if kind.shape == ()}
+    for found in _parsed(builder, name, split):
+        lists = {
+            key: list(getattr(x, x.WhichOneof("kind")).value) for key, x in found.items() if x.ListFields()
+        }
+        yield {key: x[0] if key in scalars and len(x) == 1 else x for key, x in lists.items()}
+
+
+def _parsed(builder, name, split):
+    """The tf.train.Feature values of each example, by name."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
     if split.partition("[")[0] not in builder.info.splits:
         raise ValueError(
             f"tfds:{name}: no split {split!r}; it has {', '.join(map(repr, builder.info.splits))}"
@@ -173,16 +196,12 @@ def examples(name: str, split: str, field: str, data_dir: str | None = None) -> 
     )
     if read is None:
         raise ValueError(f"tfds:{name} is stored as {', '.join(formats)}; prepare it again as array_record")
-    return _parsed(read(builder, split), field)
+    for record in read(builder, split):
+        yield tf_example_pb2.Example.FromString(record).features.feature
 
 
-def _parsed(records, field):
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    for record in records:
-        values = tf_example_pb2.Example.FromString(record).features.feature
-        more = values["more"].int64_list.value if "more" in values else ()
-        yield {field: b"".join(values[field].bytes_list.value), "more": bool(more and more[0])}
+def _kinds(builder):
+    return ", ".join(f"{k!r} ({type(v).__name__})" for k, v in dict(builder.info.features or {}).items())
 
 
 def _array_records(builder, split, chunk=256):

@@ -316,6 +316,12 @@ _WAY_OUT = (
 _OTHER = "mend the file, for example with an unknown token, or use another tokenizer"
 
 
+def common(rows: Sequence[Sequence[int]]) -> int:
+    """How many ids all rows begin with."""
+    first, last = min(rows), max(rows)
+    return next((i for i, (x, y) in enumerate(zip(first, last)) if x != y), min(len(first), len(last)))
+
+
 @contextlib.contextmanager
 def told(what: str, way_out: str) -> Iterator[None]:
     """Turns what the Rust library raises, plain Exceptions and panics, and what a file of another shape makes

@@ -2,5 +2,17 @@
 
 from lmx.evals.agreement import Agreement, agreement
 from lmx.evals.perplexity import Difference, Perplexity, compare, perplexity, summarize
+from lmx.evals.tasks import TaskResult, log_likelihoods, score
 
-__all__ = ["Agreement", "Difference", "Perplexity", "agreement", "compare", "perplexity", "summarize"]
+__all__ = [
+    "Agreement",
+    "Difference",
+    "Perplexity",
+    "TaskResult",
+    "agreement",
+    "compare",
+    "log_likelihoods",
+    "perplexity",
+    "score",
+    "summarize",
+]

@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 from lmx.data.pack import BestFit
 from lmx.losses import Chunked, NextToken
 from lmx.ops.mask import Where, sees_next
-from lmx.report.stats import Interval
+from lmx.report.stats import Interval, drawn_interval, resampled_sums
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def perplexity(
 
 def summarize(sums: np.ndarray, bootstrap: int = 1000, seed: int = 0) -> Perplexity:
     """The measures and their intervals from nats, tokens, words and bytes of each document [n, 4]."""
-    total, draws = sums.sum(0), _resample(sums, bootstrap, seed)
+    total, draws = sums.sum(0), resampled_sums(sums, bootstrap, seed)
     per_token, per_word, per_byte = (
-        _interval(_over(total, i), _over(draws, i), len(sums)) for i in (TOKENS, WORDS, BYTES)
+        drawn_interval(_over(total, i), _over(draws, i), len(sums)) for i in (TOKENS, WORDS, BYTES)
     )
     return Perplexity(
         per_token,
@@ -152,11 +152,11 @@ def compare(a: Perplexity, b: Perplexity, bootstrap: int = 1000, seed: int = 0) 
             "not the same ones in the same order; evaluate both on the same texts"
         )
     both = np.concatenate([a.sums, b.sums], 1)
-    total, draws = both.sum(0), _resample(both, bootstrap, seed)
+    total, draws = both.sum(0), resampled_sums(both, bootstrap, seed)
 
     def difference(i):
         value, drawn = (_over(x[..., :4], i) - _over(x[..., 4:], i) for x in (total, draws))
-        return _interval(value, drawn, len(both))
+        return drawn_interval(value, drawn, len(both))
 
     same_tokens = (a.sums[:, TOKENS] == b.sums[:, TOKENS]).all()
     return Difference(
@@ -276,32 +276,9 @@ def _collect(out, owner, owners, nats) -> None:
     nats.append(np.bincount(inverse, np.asarray(out, np.float64)[scored]))
 
 
-def _resample(sums: np.ndarray, times: int, seed: int) -> np.ndarray:
-    """Column sums of documents drawn with replacement, [times, columns].
-
-    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
-    """
-    n = len(sums)
-    rng, out, step = np.random.default_rng(seed), [np.zeros((0, sums.shape[1]))], max(1, (1 << 22) // n)
-    for start in range(0, times, step):
-        k = min(step, times - start)
-        drawn = rng.integers(0, n, (k, n)) + n * np.arange(k)[:, None]
-        out.append(np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n) @ sums)
-    return np.concatenate(out)
-
-
 def _over(sums: np.ndarray, i: int) -> np.ndarray | np.floating:
     with np.errstate(divide="ignore", invalid="ignore"):
         return sums[..., NATS] / sums[..., i]
-
-
-def _interval(value, draws: np.ndarray, n: int) -> Interval:
-    """The 2.5 and 97.5 % quantiles of the draws that have a value; NaN for a single document."""
-    draws = draws[np.isfinite(draws)]
-    if n < 2 or not len(draws):
-        return Interval(float(value), n=n)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(value), float(low), float(high), n)
 
 
 def _map(fn, x: Interval) -> Interval:

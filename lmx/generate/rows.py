@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lmx.data.tokenizer_json import common
 from lmx.generate.reading import bucket, keeps, padded, piece, read
 from lmx.generate.sampling import Sampling, choose
 from lmx.weights import leaf
@@ -75,12 +76,13 @@ class Decoder:
 
     def shared(self, ids: Sequence[Sequence[int]]) -> Known:
         """The tokens that all prompts begin with, at most all but one of each, read once for all."""
-        first, last = min(ids), max(ids)
-        n = next((i for i, (x, y) in enumerate(zip(first, last)) if x != y), min(len(first), len(last)))
-        n = min(n, *(len(row) - 1 for row in ids))
-        if len(ids) == 1 or n < LEAST or not self.keeps(n):
-            return Known()
-        return Known(n, self.begin([first[:n]], [0], Known()).cache)
+        n = self.shared_length(ids)
+        return Known(n, self.begin([ids[0][:n]], [0], Known()).cache) if n else Known()
+
+    def shared_length(self, ids: Sequence[Sequence[int]]) -> int:
+        """How many tokens `shared` reads; 0 where it does not pay or would not serve."""
+        n = min(common(ids), *(len(row) - 1 for row in ids))
+        return n if len(ids) > 1 and n >= LEAST and self.keeps(n) else 0
 
     def slots(self, ids: Sequence[Sequence[int]], parts: int = 8) -> int:
         """Room in the cache for each of these prompts and its completion, in sizes as `bucket` has them."""

@@ -1,0 +1,83 @@
+"""Tasks: examples, prompts, the answer's form and its metrics, as small frozen values.
+
+A task of one's own is five lines (`lmx.evals.score` then judges a model on it):
+
+>>> import json, pathlib, tempfile
+>>> path = pathlib.Path(tempfile.mkdtemp()) / "reviews.jsonl"
+>>> path.write_text(json.dumps({"text": "बहुत अच्छी फ़िल्म", "label": 1}), encoding="utf-8") > 0
+True
+>>> task = Task(
+...     "reviews", test=Records(path), template=Template("Review: {text}\\nSentiment:", " {label}"),
+...     answer=Choices({"0": "negative", "1": "positive"}),
+... )
+>>> example = next(task.examples())
+>>> print(prompt_text(task, example.question) + example.answer)
+Review: बहुत अच्छी फ़िल्म
+Sentiment: positive
+"""
+
+from lmx.data.records import Records
+
+from .builtin import fruit, sst2, summarization, translation
+from .metrics import (
+    F1,
+    Accuracy,
+    Bleu,
+    Calibration,
+    Chrf,
+    Error,
+    ExactMatch,
+    Lengths,
+    Metric,
+    Outcome,
+    Rouge,
+    difference,
+    measure,
+)
+from .prompt import (
+    Encoded,
+    Prompt,
+    Shots,
+    alternatives,
+    encoded,
+    ids_of,
+    prompt_messages,
+    prompt_text,
+)
+from .task import Choices, Example, Free, Number, Task, Template, overlap
+
+__all__ = [
+    "F1",
+    "Accuracy",
+    "Bleu",
+    "Calibration",
+    "Choices",
+    "Chrf",
+    "Encoded",
+    "Error",
+    "ExactMatch",
+    "Example",
+    "Free",
+    "Lengths",
+    "Metric",
+    "Number",
+    "Outcome",
+    "Prompt",
+    "Records",
+    "Rouge",
+    "Shots",
+    "Task",
+    "Template",
+    "alternatives",
+    "difference",
+    "encoded",
+    "fruit",
+    "ids_of",
+    "measure",
+    "overlap",
+    "prompt_messages",
+    "prompt_text",
+    "sst2",
+    "summarization",
+    "translation",
+]
