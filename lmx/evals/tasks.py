@@ -155,11 +155,19 @@ def score(
     return TaskResult(task.name, metrics, tuple(outcomes), signed, *costs, seconds, report)
 
 
+class Likelihoods(NamedTuple):
+    """nats: log p of each token of each answer, float32. likeliest: whether it has no better one. shared: how many
+    first tokens all have and were read once."""
+
+    nats: list[np.ndarray]
+    likeliest: list[np.ndarray]
+    shared: int
+
+
 def log_likelihoods(
     model, params: Any, tokenizer, asked: Sequence[Encoded], *, batch_tokens: int = 2048
-) -> tuple[list[np.ndarray], int]:
-    """(log p of each token ids[start:] of every one given those before it, in nats, float32; how many first tokens all
-    have and were read once).
+) -> Likelihoods:
+    """What the model makes of the tokens ids[start:] of every one, given those before it.
 
     Answers that begin with the same tokens share a row: those of one token after one prompt cost one row together.
     Raises: ValueError for an answer that nothing comes before, or that the model's mask shows to the prompt.
@@ -179,7 +187,8 @@ def log_likelihoods(
         pairs[row] += [(at - 1, x.ids[at], i, at - x.start) for at in range(x.start, len(x.ids))]
     heads = [list(row[: min(at for at, *_ in found) + 1]) for row, found in zip(rows, pairs)]
     known = Decoder(model, params, tokenizer, Sampling(temperature=0.0, max_tokens=1)).shared(heads)
-    found = [np.zeros(len(x.ids) - x.start, np.float32) for x in asked]
+    nats = [np.zeros(len(x.ids) - x.start, np.float32) for x in asked]
+    likeliest = [np.zeros(len(x), bool) for x in nats]
     width = 1 << (max(map(len, pairs)) - 1).bit_length()
     limit = model.config.position.max_len()
     for batch in _batches([len(row) - known.n for row in rows], known.n, batch_tokens, limit):
@@ -189,11 +198,12 @@ def log_likelihoods(
             at[b, : len(pairs[i])] = [p[0] - known.n for p in pairs[i]]
             labels[b, : len(pairs[i])] = [p[1] for p in pairs[i]]
         slots = bucket(known.n + batch.size, limit)
-        values = np.asarray(_program(model)(params, known.cache, tokens, lengths, at, labels, slots=slots))
+        found = _program(model)(params, known.cache, tokens, lengths, at, labels, slots=slots)
+        values, tops = map(np.asarray, found)
         for b, i in enumerate(batch.rows[: batch.real]):
-            for value, (_, _, answer, place) in zip(values[b], pairs[i]):
-                found[answer][place] = value
-    return found, known.n
+            for value, top, (_, _, answer, place) in zip(values[b], tops[b], pairs[i]):
+                nats[answer][place], likeliest[answer][place] = value, top
+    return Likelihoods(nats, likeliest, known.n)
 
 
 class _Batch(NamedTuple):
@@ -239,7 +249,7 @@ def _program(model):
         out, _ = model.step(params, cache, tokens, valid)
         logits = replace(out, hidden=out.hidden[jnp.arange(R)[:, None], at]).logits  # [R, answers, V]
         said = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
-        return said - jax.nn.logsumexp(logits, -1)
+        return said - jax.nn.logsumexp(logits, -1), said >= logits.max(-1)
 
     return log_p
 
@@ -280,12 +290,10 @@ def _encoded(model, task: Task, examples, prompt, chat, report):
 def _weighed(model, task, batch_tokens, encoded):
     """([examples, choices] log likelihoods, costs)."""
     flat = [x for group in encoded for x in group]
-    found, shared = log_likelihoods(
-        model.model, model.params, model.tokenizer, flat, batch_tokens=batch_tokens
-    )
+    found = log_likelihoods(model.model, model.params, model.tokenizer, flat, batch_tokens=batch_tokens)
     ends = accumulate(map(len, encoded), initial=0)
-    sums = [[float(x.sum(dtype=np.float64)) for x in found[a:b]] for a, b in pairwise(ends)]
-    return sums, (sum(len(x.ids) for x in flat), shared, 0)
+    sums = [[float(x.sum(dtype=np.float64)) for x in found.nats[a:b]] for a, b in pairwise(ends)]
+    return sums, (sum(len(x.ids) for x in flat), found.shared, 0)
 
 
 def _written(model, task, batch_tokens, prompts):

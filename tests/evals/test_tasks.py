@@ -112,11 +112,13 @@ def test_log_likelihoods_equal_a_float64_forward_pass(shared, batch_tokens, fast
         asked.append(Encoded([*ids[:-1], 7], start + len(head)))
         asked.append(Encoded([*ids, 8, 9], start + len(head)))
     used = model.for_decoding() if fast else model
-    found, n_shared = log_likelihoods(
-        used.model, used.params, used.tokenizer, asked, batch_tokens=batch_tokens
-    )
-    assert n_shared == shared
-    for got, x in zip(found, asked):
+    found = log_likelihoods(used.model, used.params, used.tokenizer, asked, batch_tokens=batch_tokens)
+    assert found.shared == shared
+    for got, top, x in zip(found.nats, found.likeliest, asked):
+        best = np.asarray(model.model.apply(model.params, {"tokens": jax.numpy.asarray([x.ids])}).logits)[
+            0
+        ].argmax(-1)
+        np.testing.assert_array_equal(top, best[x.start - 1 : -1] == x.ids[x.start :])
         np.testing.assert_allclose(got, by_definition(model, *x), rtol=1e-4, atol=1e-4)
 
 
