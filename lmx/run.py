@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
 from lmx.models import Model, TransformerConfig, build, prefixed, pretrained, unstacked
 from lmx.optim import AdamW, Schedule, Update
+from lmx.train import stored
 from lmx.train.checkpoint import find_step, load_params
 from lmx.train.metrics import NAMES
 from lmx.train.program import loaded_first, rest_of
 from lmx.train.step import Enrich
 from lmx.weights import Weight, shape_of
+from lmx.weights.describe import describe
 
 
 @dataclass(frozen=True)
@@ -200,11 +203,19 @@ def _params(folder: Path, run: Run, model: Model, step: int | str, ema: bool) ->
     load = loaded_first(run.start)
     if load is None or run.trainable == "*":
         return load_params(folder, None, step, ema)
-    load.check_unchanged(find_step(folder.absolute(), step))
+    checkpoint = find_step(folder.absolute(), step)
+    load.check_unchanged(checkpoint)
     base = load.read(jax.eval_shape(model.init, jax.random.key(0)))
     key = jax.random.fold_in(jax.random.key(np.uint32(run.seed)), 1)
     trainable, frozen = tree.partition(jax.jit(rest_of(run.start))(base, key), run.trainable)
-    return tree.combine(load_params(folder, trainable, step, ema), frozen)
+    params = tree.combine(load_params(folder, trainable, step, ema), frozen)
+    known = stored.about(checkpoint)["meta"].get("weights")
+    if known is not None and json.loads(json.dumps(describe(params))) != known:
+        raise ValueError(
+            f"{folder}: the start in run.txt makes other weights than {checkpoint} was trained with, such as another "
+            "alpha or other bits; bring the old run.txt back"
+        )
+    return params
 
 
 def _check_shapes(params: Any, wanted: Any, folder: Path) -> None:

@@ -131,7 +131,7 @@ def about(folder: Path) -> dict:
         metrics = {name: float(value) for name, value in found["metrics"].items()}
         made = {"step": int(found["step"]), "meta": dict(found["meta"]), "metrics": metrics, "tree": tree}
         made["passing"] = found.get("passing") is True
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder / META}: not the description of a checkpoint ({error})") from None
     for path, (dtype, shape) in tree.items():
         if {"", ".", ".."} & set(path.split("/")) or not all(isinstance(n, int) and n >= 0 for n in shape):

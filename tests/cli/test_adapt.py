@@ -133,3 +133,10 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, refused):
     assert "--rank 0; use 1 or more" in refused("adapt", "extract", model, model, out, "--rank", "0")
     assert "is already there; name a new folder" in refused("adapt", "merge", model, adapter, model)
     assert {path.name for path in tmp_path.iterdir()} == {"released", "other"}
+
+
+def test_an_alpha_beyond_all_floats_is_refused_by_name():
+    from lmx.models.families.fields import Fields
+
+    with pytest.raises(ValueError, match="lora_alpha is 1000"):
+        Fields({"lora_alpha": 10**400}, "adapter_config.json")("lora_alpha", float)

@@ -318,3 +318,24 @@ def test_a_damaged_frontier_is_told(run, refused, tmp_path, text):
     (tmp_path / "frontier.json").write_text(text)
     words = ("quantize", run[0], tmp_path, "--frontier", "--calibration", "english.txt", *SMALL)
     assert "frontier.json is damaged" in refused(*words)
+
+
+def test_a_start_edited_after_training_is_refused(run, folder, lmx, refused, tmp_path):
+    """Adapters alone are saved: another alpha is another model of the same shapes."""
+    out = tmp_path / "lora"
+    start = f"start=(Load('{folder / run[0]}'), Int8(), Lora(rank=2, alpha=16.0))"
+    lmx("train", "experiment.py", "--out", out, "--set", start, "--set", "trainable='*/w/[ab]'")
+    trained(out)
+    file = out / "run.txt"
+    text = file.read_text("utf-8")
+    for old, new in (("alpha=16.0", "alpha=99.0"), ("bits=8", "bits=4")):
+        assert old in text
+        file.write_text(text.replace(old, new), "utf-8")
+        assert "the start in run.txt makes other weights" in refused("generate", out, "The")
+
+
+def test_a_checkpoint_described_too_deep_or_at_step_infinity_is_damaged(tmp_path):
+    for text in ('{"a":' * 10_000 + "1" + "}" * 10_000, '{"step":Infinity,"meta":{},"metrics":{},"tree":{}}'):
+        (tmp_path / stored.META).write_text(text)
+        with pytest.raises(ValueError, match="not the description of a checkpoint"):
+            stored.about(tmp_path)

@@ -60,7 +60,7 @@ class Fields:
             if default is ...:
                 raise ValueError(f"{self.where}: the field {name} is missing")
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**1023:
             value = float(value)
         if type(value) is not kind or (kind is int and not 0 <= value < 2**31):
             raise ValueError(f"{self.where}: {name} is {value!r:.99}, not {KINDS[kind]}")
