@@ -32,9 +32,11 @@ def sensitivity(
     tokens: Int[np.ndarray, "N T"],
     choices: Sequence[int] = CHOICES,
     group_size: int | None = 128,
+    where: str = LAYERS,
     seen: Callable[[int, int], None] = lambda done, of: None,
 ) -> Float[np.ndarray, "L choices"]:
-    """KL in nats per token of the output when one layer alone is rounded to each number of bits.
+    """KL in nats per token of the output when one layer's matrices alone, those that `where` fits, are rounded to each
+    number of bits.
 
     Costs L choices / 2 forward passes: layers before the one that is rounded are computed once.
     """
@@ -49,7 +51,7 @@ def sensitivity(
     for i in range(n_layers):
         of_layer = tree.layer(params["blocks"], i)
         for c, bits in enumerate(choices):
-            rounded = Quantize(bits, group_size, where=LAYERS)({"blocks": of_layer}, jax.random.key(0))[
+            rounded = Quantize(bits, group_size, where=where)({"blocks": of_layer}, jax.random.key(0))[
                 "blocks"
             ]
             x = one(rest, rounded, i, xs[i])

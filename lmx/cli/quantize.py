@@ -91,16 +91,23 @@ class Options:
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "quantize")
     _check(asked)
+    import numpy as np
+
     from lmx.cli.folder import new_folder
     from lmx.run import trained
     from lmx.tree import nbytes, nodes
-    from lmx.weights import Quantized
+    from lmx.weights import Quantized, Weight, dense
 
     step = cli.step_of(asked.model, asked.step) if (asked.model / "run.txt").exists() else 0
     model = trained(asked.model, step, asked.ema)
     already = [path for path, w in nodes(model.params, Quantized).items() if isinstance(w, Quantized)]
     if already:
         raise ValueError(f"{asked.model}: {already[0]} is quantized already; give the model it was made from")
+    wrong = [path for path, w in nodes(model.params, Weight).items() if not np.isfinite(dense(w)).all()]
+    if wrong:
+        raise ValueError(
+            f"{asked.model}: {wrong[0]} holds numbers that are not finite; train it anew, or fetch it"
+        )
     if asked.frontier:
         from lmx.cli import frontier
 
@@ -140,10 +147,16 @@ def _check(asked: Options) -> None:
             )
     if asked.bits is not None and not 2 <= asked.bits <= 8:
         raise ValueError(f"--bits {asked.bits}; use 2, 3, 4, 5, 6 or 8, or for --method mixed a mean of them")
-    if asked.method == "nf4" and asked.group_size == 0:
-        raise ValueError("--group-size 0: nf4 has groups; use 2 or more")
+    if asked.method in ("nf4", "w4a8") and asked.group_size == 0:
+        raise ValueError(f"--group-size 0: {asked.method} has groups; use 2 or more")
+    if asked.group_size is not None and asked.group_size != 0 and asked.group_size < 2:
+        raise ValueError(f"--group-size {asked.group_size}; use 2 or more, or 0 for one scale an output")
+    if asked.where == "":
+        raise ValueError('--where "" fits no path; name a pattern such as "blocks/*mlp*", or leave it out')
     if asked.method != "mixed" and asked.bits is not None and asked.bits != int(asked.bits):
         raise ValueError(f"--bits {asked.bits} is no whole number; only --method mixed spends parts of bits")
+    if asked.method != "mixed" and asked.bits == 7:
+        raise ValueError("--bits 7: no format has them; use 2, 3, 4, 5, 6 or 8")
     for name in ("samples", "windows", "length"):
         if getattr(asked, name) < (2 if name == "length" else 1):
             raise ValueError(f"--{name} {getattr(asked, name)} is too few")
@@ -160,7 +173,7 @@ def how(asked: Options, method: str, size: int | None) -> Any:
     plain = adapt.Quantize(bits, size, not asked.affine, where)
     gptq = adapt.Gptq(bits, size, asked.act_order, symmetric=not asked.affine)
     found = {
-        "bf16": lambda: adapt.Cast(),
+        "bf16": lambda: adapt.Cast(where=asked.where or adapt.EVERY),
         "fp8": lambda: adapt.Fp8(where=where),
         "int8": lambda: adapt.Int8(symmetric=not asked.affine, where=where),
         "w8a8": lambda: adapt.W8A8(symmetric=not asked.affine, where=where),
@@ -193,7 +206,12 @@ def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
     if asked.method == "mixed":
         with Steps("sensitivity of layers") as progress:
             losses = adapt.sensitivity(
-                layers(model.run.model), params, seen[: -(-len(seen) // 16)], group_size=size, seen=progress
+                layers(model.run.model),
+                params,
+                seen[: -(-len(seen) // 16)],
+                group_size=size,
+                where=where,
+                seen=progress,
             )
         chosen = adapt.spend(losses, 4.0 if asked.bits is None else asked.bits)
         facts |= {"bits of each layer": " ".join(map(str, chosen))}
@@ -226,7 +244,7 @@ def _group_size(asked: Options, params, where: str) -> int:
 
     size = 64 if asked.method in ("nf4", "w4a8") else 128
     inputs = {shape_of(w)[-2] for path, w in found(params, where).items() if path != "embed"}
-    while size > 16 and any(d_in % size for d_in in inputs):
+    while size > 8 and any(d_in % size for d_in in inputs):
         size //= 2
     return size
 

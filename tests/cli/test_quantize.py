@@ -266,6 +266,10 @@ def base():
         (("--bits", "3"), "--bits says nothing to --method int8; it is for int4, gptq"),
         (("--method", "w4a8", "--affine"), "--affine says nothing to --method w4a8"),
         (("--method", "nf4", "--group-size", "0"), "use 2 or more"),
+        (("--method", "nf4", "--group-size", "1"), "--group-size 1; use 2 or more"),
+        (("--method", "w4a8", "--group-size", "0"), "w4a8 has groups"),
+        (("--method", "int4", "--bits", "7"), "--bits 7: no format has them"),
+        (("--where", ""), "fits no path"),
         (("--method", "mixed", "--bits", "inf", "--calibration", "hindi.txt"), "--bits inf; use 2"),
         (("--method", "mixed", "--bits", "nan", "--calibration", "hindi.txt"), "--bits nan; use 2"),
     ],
@@ -339,3 +343,20 @@ def test_a_checkpoint_described_too_deep_or_at_step_infinity_is_damaged(tmp_path
         (tmp_path / stored.META).write_text(text)
         with pytest.raises(ValueError, match="not the description of a checkpoint"):
             stored.about(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(run, refused, tmp_path, monkeypatch):
+    from lmx import run as runs
+
+    model = trained(run[0])
+    params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), model.params)
+    monkeypatch.setattr(runs, "trained", lambda *_: model._replace(params=params))
+    said = refused("quantize", run[0], tmp_path / "out", "--method", "int8")
+    assert "blocks/attn/k/w holds numbers that are not finite" in said and not (tmp_path / "out").exists()
+
+
+def test_bf16_of_some_matrices_leaves_the_others(run, lmx, tmp_path):
+    lmx("quantize", run[0], tmp_path / "out", "--method", "bf16", "--where", "blocks/*attn*")
+    kinds = {path: w.dtype for path, w in found(trained(tmp_path / "out").params).items()}
+    assert {str(kinds[path]) for path in kinds if "attn" in path} == {"bfloat16"}
+    assert {str(kinds[path]) for path in kinds if "attn" not in path} == {"float32"}
