@@ -33,7 +33,7 @@ def test_fewer_bits_than_there_are():
 def test_sensitivity_is_the_kl_of_one_layer_rounded():
     tokens = jax.random.randint(KEY, (2, 12), 0, 40)
     params, done = fresh(), []
-    found = sensitivity(layers(CONFIG), params, tokens, (2, 8), 16, lambda *at: done.append(at))
+    found = sensitivity(layers(CONFIG), params, tokens, (2, 8), 16, seen=lambda *at: done.append(at))
     assert done == [(1, 2), (2, 2)] and (found[:, 0] > 10 * found[:, 1]).all()
     rounded = Quantize(2, 16)(params, KEY)["blocks"]
     for i in range(2):

@@ -255,7 +255,7 @@ def base():
         (("--method", "gptq"), "looks at inputs; give it a text: --calibration FILE"),
         (("--report",), "give one: --text FILE"),
         (("--bits", "3.5", "--method", "int4"), "only --method mixed spends parts of bits"),
-        (("--bits", "7", "--method", "int4"), "bits=7; use 2, 3, 4, 5, 6, 8"),
+        (("--bits", "7", "--method", "int4"), "--bits 7: no format has them"),
         (("--method", "gptq", "--calibration", "none.txt"), "none.txt"),
         (
             ("--method", "gptq", "--calibration", "hindi.txt", "--length", "99999"),
@@ -268,7 +268,6 @@ def base():
         (("--method", "nf4", "--group-size", "0"), "use 2 or more"),
         (("--method", "nf4", "--group-size", "1"), "--group-size 1; use 2 or more"),
         (("--method", "w4a8", "--group-size", "0"), "w4a8 has groups"),
-        (("--method", "int4", "--bits", "7"), "--bits 7: no format has them"),
         (("--where", ""), "fits no path"),
         (("--method", "mixed", "--bits", "inf", "--calibration", "hindi.txt"), "--bits inf; use 2"),
         (("--method", "mixed", "--bits", "nan", "--calibration", "hindi.txt"), "--bits nan; use 2"),
