@@ -13,6 +13,7 @@ import inspect
 import math
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -262,21 +263,32 @@ def _build(node: ast.expr, kind: Any, where: str) -> Any:
         return _build_call(node, kind, where)
     problem = None
     for option in _options(kind):
-        origin, args = typing.get_origin(option), typing.get_args(option)
-        if isinstance(node, ast.Tuple | ast.List) and (option in (tuple, Any) or origin is tuple):
-            if not args:
-                args = (Any, ...)
-            each = [args[0]] * len(node.elts) if args[-1] is Ellipsis else list(args)
-            if len(each) == len(node.elts):
-                return tuple(_build(e, k, f"{where}.{i}") for i, (e, k) in enumerate(zip(node.elts, each)))
-            problem = f"{where}: expected {len(each)} items, got {len(node.elts)}"
-        elif isinstance(node, ast.Dict) and (option in (dict, Any) or origin is dict):
-            of_key, of_value = args or (Any, Any)
-            keys = [_scalar(_literal(k, where), of_key, where) for k in node.keys]
-            return {k: _build(v, of_value, f"{where}.{k}") for k, v in zip(keys, node.values)}
+        try:
+            if isinstance(node, ast.Tuple | ast.List) and _holds(option, tuple, Sequence):
+                return _build_tuple(node, option, where)
+            if isinstance(node, ast.Dict) and _holds(option, dict, Mapping):
+                of_key, of_value = typing.get_args(option) or (Any, Any)
+                keys = [_scalar(_literal(k, where), of_key, where) for k in node.keys]
+                return {k: _build(v, of_value, f"{where}.{k}") for k, v in zip(keys, node.values)}
+        except ValueError as error:
+            problem = str(error)
     if isinstance(node, ast.Tuple | ast.List | ast.Dict):
         raise ValueError(problem or f"{where}: {_text(node)} is not {_name(kind)}")
     return _scalar(_literal(node, where), kind, where)
+
+
+def _holds(kind: Any, *containers: type) -> bool:
+    return kind is Any or kind in containers or typing.get_origin(kind) in containers
+
+
+def _build_tuple(node: ast.Tuple | ast.List, kind: Any, where: str) -> tuple:
+    args = typing.get_args(kind) or (Any, ...)
+    if typing.get_origin(kind) is Sequence:
+        args = (*args, ...)
+    each = [args[0]] * len(node.elts) if args[-1] is Ellipsis else list(args)
+    if len(each) != len(node.elts):
+        raise ValueError(f"{where}: expected {len(each)} items, got {len(node.elts)}")
+    return tuple(_build(e, k, f"{where}.{i}") for i, (e, k) in enumerate(zip(node.elts, each)))
 
 
 def _build_call(node: ast.Call | ast.Name, kind: Any, where: str) -> Any:

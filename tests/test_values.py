@@ -8,8 +8,9 @@ import math
 import re
 import string
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import numpy as np
@@ -384,3 +385,11 @@ def test_errors_of_a_class_keep_their_words():
         ValueError, match="n_heads=12 is not a multiple of n_kv_heads=5; use 1, 2, 3, 4, 6, 12"
     ):
         values.override(Run(), {"model.attention": "AttentionConfig(n_heads=12, n_kv_heads=5)"})
+
+
+def test_a_sequence_or_mapping_is_read_as_the_member_of_the_union_that_fits():
+    kind = str | Sequence[str] | Sequence[Mapping[str, Any]] | Mapping[str, str | Sequence[str]]
+    for value in ("a.csv", ("a", "b"), ({"क": 1}, {"क": True}), {"hi": "a", "en": ("b", "c")}):
+        assert values.parse(values.show(value), kind) == value
+    with pytest.raises(ValueError, match=r"value.hi: 1 is int"):
+        values.parse("{'hi': 1}", Mapping[str, str | Sequence[str]])

@@ -1,6 +1,7 @@
 """Surgeries on weights: adapters, number formats and pruning, each `(params, key) -> params`, and so composable."""
 
 from lmx.adapt.calibrate import Awq, Calibrated, Gptq, Rounded, Smooth, calibrate, importance
+from lmx.adapt.classes import Classes
 from lmx.adapt.lora import (
     Dense,
     Dora,
@@ -32,6 +33,7 @@ __all__ = [
     "Awq",
     "Calibrated",
     "Cast",
+    "Classes",
     "Dense",
     "Dora",
     "Fp8",

@@ -181,7 +181,7 @@ def _held_out(folders: list[str], step: str) -> _Text:
     """What the first run held out, if the others held out the same."""
     from lmx import artifact
     from lmx import run as runs
-    from lmx.data import Chat
+    from lmx.data import source
     from lmx.train.checkpoint import FOLDER
 
     folder, *others = map(Path, folders)
@@ -191,9 +191,9 @@ def _held_out(folders: list[str], step: str) -> _Text:
             raise ValueError(f"{other} held out other text than {folder}; name a text to judge them on")
     if not (data.valid or data.valid_share):
         raise ValueError(f"{folder} held nothing out; name a text to judge it on")
-    if any(isinstance(one, Chat) for one in data.valid or data.train):
+    if any(source(one).masked for one in data.valid or data.train):
         raise ValueError(
-            f"{folder} held out conversations, and eval judges texts; the loss of their replies is valid/loss in "
+            f"{folder} held out answers, and eval judges texts; their loss is valid/loss in "
             f"{folder / 'metrics.jsonl'}. Name a text, as one of general content: lmx eval {folder} TEXT"
         )
     text = _Text("held out", data, "valid")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .sources import Document, _Files, array_hint, encodable, json_objects, opened_parquet, parquet_rows
 from .tally import Report
@@ -35,6 +35,8 @@ class Chat(_Files):
     """
 
     keep: str = "head"
+    masked: ClassVar[bool] = True
+    conversations: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.keep not in ("head", "tail"):

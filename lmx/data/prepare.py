@@ -27,7 +27,6 @@ from lmx import artifact
 
 from . import files, released
 from .batches import Batches
-from .chat import Chat
 from .chat_template import PLAIN, ChatTemplate
 from .pack import windows
 from .sources import Document, NoDocument, Source, source, texts_of
@@ -84,10 +83,11 @@ class Data:
                 raise ValueError(f"Data: {name}={getattr(self, name)} must be at least 1")
         if self.packing not in ("best_fit", "concat"):
             raise ValueError(f"Data: packing={self.packing!r}; use 'best_fit' or 'concat'")
-        if self.packing == "concat" and any(isinstance(one, Chat) for one in (*self.train, *self.valid)):
-            raise ValueError(
-                "Data: packing='concat' would cut replies from their prompts; use 'best_fit' with Chat"
-            )
+        for one in (*self.train, *self.valid):
+            if self.packing == "concat" and isinstance(one, Source) and one.masked:
+                raise ValueError(
+                    f"Data: packing='concat' would cut replies from their prompts; use 'best_fit' with {one.label}"
+                )
 
     def documents(self, part: str, report: Report | None = None) -> Iterator[Document]:
         """The documents of "train" or "valid" as they are tokenized: cleaned, split, in order."""
@@ -160,7 +160,7 @@ def prepare(data: Data, cache: str | Path, seed: int = 0, progress: Progress | N
     tokenizer, tokenizer_path = _tokenizer(data.tokenizer, train_parts, cache, report, progress)
     beside = data.tokenizer.beside()
     tokenize = Tokenize(tokenizer.ending_with(released.end_ids(beside, tokenizer_path)))
-    if any(part.masked for part in (*train_parts, *valid_parts)):
+    if any(part.source.conversations for part in (*train_parts, *valid_parts)):
         chat, beside = _template(tokenizer, beside, tokenizer_path, report)
         tokenize = replace(tokenize, chat=chat)
     stores = []
@@ -204,14 +204,9 @@ class _Part:
         documents = (Clean() if self.clean else Stream())(documents, report)
         return (self.split or Stream())(documents, report)
 
-    @property
-    def masked(self) -> bool:
-        """Whether they are conversations."""
-        return isinstance(self.source, Chat)
-
     def store_key(self, tokenize: Tokenize) -> str:
         """Names the store of their tokens."""
-        if not self.masked:
+        if not self.source.conversations:
             return self.key(tokenize.tokenizer.hash)
         return self.key(tokenize.tokenizer.hash, str(tokenize.tokenizer.end_ids), tokenize.chat.fingerprint)
 
@@ -293,7 +288,7 @@ def _template(tokenizer, beside, where, report) -> tuple[ChatTemplate, dict[str,
     return released.chat(beside, where), beside
 
 
-def _count_cut(source: Chat, store: TokenStore, seq_len: int, report: Report) -> None:
+def _count_cut(source: Source, store: TokenStore, seq_len: int, report: Report) -> None:
     found = windows(store.offsets, store.mask, seq_len, source.keep)
     where = f"{source.label}, {source.keep} kept of more than {seq_len} tokens"
     if found.n_cut:
@@ -333,8 +328,8 @@ def _groups(part, tokenize, cache) -> list[tuple[Path, _Part]]:
 
 
 def _writer(path, part, tokenize) -> Writer:
-    writer = Writer(path, tokenize.tokenizer.vocab_size, tokenize.tokenizer.hash, part.masked)
-    if part.masked:
+    writer = Writer(path, tokenize.tokenizer.vocab_size, tokenize.tokenizer.hash, part.source.masked)
+    if part.source.masked:
         writer.facts["keep"] = part.source.keep
     return writer
 

@@ -12,13 +12,14 @@ Rows are read one after the other, anew each time. A row that cannot be used is 
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import expand, lines
+from .files import expand, hash_of, lines
 from .sources import MAX_LINE, NoDocument, encodable, json_objects, opened_parquet, parquet_rows
 from .tally import Report
 
@@ -86,6 +87,19 @@ class Records:
             report.add(here)
         if not here.documents:
             raise NoDocument(f"{self.label}: no usable row. {here}", here)
+
+    def files(self) -> tuple[Path, ...]:
+        """The files it reads, in order; none of a TFDS dataset."""
+        paths = [path for path in self._paths() if not path.startswith("tfds:")]
+        if isinstance(self.source, Mapping):
+            paths = list(self.source.values())
+        return tuple(file for path in paths for file in expand(path))
+
+    def fingerprint(self) -> str:
+        """sha256 of the files' contents, or of the rows given, and of the settings that decide what rows hold."""
+        given = self.source if not self.files() else tuple(map(hash_of, self.files()))
+        names = tuple(self.source) if isinstance(self.source, Mapping) else ()
+        return hashlib.sha256(repr((given, names, dict(self.rename), self.split)).encode()).hexdigest()
 
     def _paths(self) -> tuple[str, ...]:
         if isinstance(self.source, str):

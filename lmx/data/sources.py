@@ -2,7 +2,8 @@
 
 A document is a dict {"text": str, "id": str}. One longer than about a megabyte comes in parts, one after the
 other: every part but the last has "more": True, and their texts joined are the document. A conversation (chat.py) has
-"messages" instead of "text", and is always whole.
+"messages" instead of "text", and is always whole; so is a question, which has an "answer" beside its "text", that goes
+on where the text ends or is the number of a class.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lmx import artifact
 from lmx.text.graphemes import clusters
@@ -30,8 +31,10 @@ MANY_FILES = 64
 
 
 def texts_of(document: Document) -> list[str]:
-    """The text of a document, or that of each message of a conversation."""
-    return [m["content"] for m in document["messages"]] if "messages" in document else [document["text"]]
+    """The text of a document, that of each message of a conversation, or those of a question and its answer."""
+    if "messages" in document:
+        return [m["content"] for m in document["messages"]]
+    return [document["text"], *([x] if isinstance(x := document.get("answer"), str) else [])]
 
 
 class NoDocument(ValueError):
@@ -45,7 +48,14 @@ class NoDocument(ValueError):
 @dataclass(frozen=True)
 class Source(ABC):
     """Base of all sources: iterate it for documents, or call `documents(report)` to have its problems
-    counted."""
+    counted.
+
+    masked: whether a part of each document alone is learned; such a source has `keep`, which end of a document that is
+    longer than a row is kept. conversations: whether documents are some.
+    """
+
+    masked: ClassVar[bool] = False
+    conversations: ClassVar[bool] = False
 
     def __iter__(self) -> Iterator[Document]:
         return self.documents(Report())

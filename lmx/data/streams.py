@@ -15,6 +15,7 @@ from typing import Any
 from lmx.text.normalize import normalize, strip_controls
 
 from .chat_template import ChatTemplate
+from .encoded import encoded, ids_of
 from .sources import Document, texts_of
 from .tally import Report
 
@@ -110,7 +111,8 @@ class Tokenize(Stream):
     encoded at a time.
 
     Conversations go through `chat` and get a "mask", 1 on the tokens of replies; see `ChatTemplate.replies`. Those that
-    the template refuses are left out, and counted.
+    the template refuses are left out, and counted. Questions get one that is 1 on the tokens of the answer and the eos,
+    or on the number of the class, which is the last "token" and so nothing but a label.
     """
 
     tokenizer: Any
@@ -124,6 +126,9 @@ class Tokenize(Stream):
             if "messages" in group[0]:
                 yield from self._conversations(group, report if report is not None else Report())
                 continue
+            if "answer" in group[0]:
+                yield from map(self._answered, group)
+                continue
             encoded = self.tokenizer.encode_batch([document["text"] for document in group])
             for document, ids in zip(group, encoded):
                 if report is not None and unknown is not None and unknown in ids:
@@ -132,6 +137,15 @@ class Tokenize(Stream):
                 ids = [*([] if continues else begin), *ids, *([] if more else end)]
                 yield {"ids": ids, "id": document["id"], **({"more": True} if more else {})}
                 continues = more
+
+    def _answered(self, document):
+        if isinstance(document["answer"], int):
+            ids, learned = ids_of(self.tokenizer, document["text"]), [document["answer"]]
+        else:
+            found = encoded(self.tokenizer, document["text"], document["answer"])
+            end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+            ids, learned = found.ids[: found.start], found.ids[found.start :] + end
+        return {"ids": ids + learned, "mask": [0] * len(ids) + [1] * len(learned), "id": document["id"]}
 
     def _conversations(self, group, report):
         found = self.chat.replies(self.tokenizer, [document["messages"] for document in group])
@@ -147,23 +161,26 @@ class Tokenize(Stream):
 
 
 def _with_texts(document: Document, texts: list[str]) -> Document:
-    if "messages" not in document:
-        return {**document, "text": texts[0]}
-    messages = [message | {"content": text} for message, text in zip(document["messages"], texts)]
-    return {**document, "messages": messages}
+    if "messages" in document:
+        messages = [message | {"content": text} for message, text in zip(document["messages"], texts)]
+        return {**document, "messages": messages}
+    return {**document, **dict(zip(("text", "answer"), texts))}
 
 
 def _learned(document: Document) -> list[str]:
-    """The texts that are trained on: of a conversation, the replies."""
+    """The texts that are trained on: of a conversation the replies, of a question the answer."""
     if "messages" not in document:
-        return texts_of(document)
+        return texts_of(document)[-1:]
     return [message["content"] for message in document["messages"] if message["role"] == "assistant"]
 
 
 def _content(document: Document) -> bytes:
-    if "messages" not in document:
+    if "messages" in document:
+        said = [[message["role"], message["content"]] for message in document["messages"]]
+    elif "answer" in document:
+        said = [document["text"], document["answer"]]
+    else:
         return document["text"].encode("utf-8")
-    said = [[message["role"], message["content"]] for message in document["messages"]]
     return json.dumps(said, ensure_ascii=False).encode("utf-8")
 
 

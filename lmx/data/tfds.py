@@ -22,7 +22,6 @@ from typing import Any
 
 from lmx import artifact
 
-from .chat import Chat
 from .sources import Source
 from .store import explained
 
@@ -55,8 +54,10 @@ def prepare_tfds(
             f"prepare_tfds: name={name!r}; use lower-case letters, digits and underscores: 'corpus/hi'"
         )
     splits = documents if isinstance(documents, dict) else {"train": documents}
-    if any(isinstance(stream, Chat) for stream in splits.values()):
-        raise ValueError("prepare_tfds: it writes texts, not conversations; keep those in JSONL or Parquet")
+    if any(isinstance(stream, Source) and stream.masked for stream in splits.values()):
+        raise ValueError(
+            "prepare_tfds: it writes texts, not conversations or answers; keep those in JSONL or Parquet"
+        )
     setup = tfds.core.BuilderConfig(name=config, version=version, description=description) if config else None
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

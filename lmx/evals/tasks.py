@@ -49,6 +49,7 @@ from lmx.tasks import (
     prompt_messages,
     prompt_text,
 )
+from lmx.weights import shape_of
 
 if TYPE_CHECKING:
     from lmx.run import Trained
@@ -99,7 +100,7 @@ def score(
     batch_tokens: int = 2048,
     resamples: int = 1000,
 ) -> TaskResult:
-    """How well the model does the task.
+    """How well the model does the task. One with a head of classes (`lmx.adapt.Classes`) answers by it.
 
     Args:
       shots: which training examples it is shown.
@@ -117,6 +118,8 @@ def score(
         raise ValueError(
             f"score: calibrate=True weighs choices, and {task.name} has {task.answer}; leave it off"
         )
+    if "classes" in model.params:
+        _check_head(model, task, chat, per)
     if per not in _LENGTHS:
         raise ValueError(f"score: per={per!r}; use 'answer', 'token' or 'byte'")
     if limit is not None and limit < 1:
@@ -140,8 +143,7 @@ def score(
     template = model.chat if chat else None
     kept, encoded = _encoded(model, task, examples, prompt, template, report)
     if calibrate:
-        blank = [alternatives(tokenizer, prompt(task.empty(x)), _answers(task), template) for x in EMPTY]
-        encoded += blank
+        encoded += [_choices(model, task, prompt(task.empty(x)), template) for x in EMPTY]
     answers, costs = ask(encoded)
     if choices:
         weights = np.array(answers) / _LENGTHS[per](task, encoded)
@@ -153,6 +155,19 @@ def score(
     signed = {type(m).__name__: s for m in task.metrics if (s := m.signature(outcomes))}
     metrics = measure(task.metrics, outcomes, resamples, seed)
     return TaskResult(task.name, metrics, tuple(outcomes), signed, *costs, seconds, report)
+
+
+def _check_head(model, task: Task, chat: bool, per: str) -> None:
+    """Raises: ValueError if the task's answers are not the classes of the model's head."""
+    n, labels = shape_of(model.params["classes"])[1], getattr(task.answer, "labels", ())
+    if len(labels) != n:
+        raise ValueError(
+            f"{task.name}: the model has a head of {n} classes, and the task {len(labels)} labels"
+        )
+    if chat or per != "answer":
+        raise ValueError(
+            "score: a head of classes reads plain text, and has nothing to divide by; leave chat and per"
+        )
 
 
 class Likelihoods(NamedTuple):
@@ -186,7 +201,8 @@ def log_likelihoods(
     for i, (x, row) in enumerate(zip(asked, row_of)):
         pairs[row] += [(at - 1, x.ids[at], i, at - x.start) for at in range(x.start, len(x.ids))]
     heads = [list(row[: min(at for at, *_ in found) + 1]) for row, found in zip(rows, pairs)]
-    known = Decoder(model, params, tokenizer, Sampling(temperature=0.0, max_tokens=1)).shared(heads)
+    of_words = {name: x for name, x in params.items() if name != "classes"}
+    known = Decoder(model, of_words, tokenizer, Sampling(temperature=0.0, max_tokens=1)).shared(heads)
     nats = [np.zeros(len(x.ids) - x.start, np.float32) for x in asked]
     likeliest = [np.zeros(len(x), bool) for x in nats]
     width = 1 << (max(map(len, pairs)) - 1).bit_length()
@@ -258,6 +274,14 @@ def _answers(task: Task) -> list[str]:
     return [task.template.answer_of(words) for words in task.answer.labels.values()]
 
 
+def _choices(model, task: Task, asked: Prompt, chat) -> list[Encoded]:
+    """The prompt with each of the choices, which to a head of classes are numbers."""
+    if "classes" not in model.params:
+        return alternatives(model.tokenizer, asked, _answers(task), chat)
+    ids = ids_of(model.tokenizer, asked)
+    return [Encoded([*ids, i], len(ids)) for i in range(len(task.answer.labels))]
+
+
 def _encoded(model, task: Task, examples, prompt, chat, report):
     """(the examples that fit, for each its ids; with choices, the ids of all)."""
     limit = model.model.config.position.max_len()
@@ -266,7 +290,7 @@ def _encoded(model, task: Task, examples, prompt, chat, report):
     for example in examples:
         asked: Prompt = prompt(example.question)
         if isinstance(task.answer, Choices):
-            ids = alternatives(model.tokenizer, asked, _answers(task), chat)
+            ids = _choices(model, task, asked, chat)
             n = max(len(x.ids) for x in ids)
         else:
             ids = ids_of(model.tokenizer, asked, chat)

@@ -33,7 +33,7 @@ RULES: Rules = (
     ("*/o/w*|*/down/w*", ("tensor", "fsdp")),
     ("embed*", ("tensor", "fsdp")),
     ("*/prefix/*", ("tensor",)),
-    ("prompt", ()),
+    ("prompt|classes", ()),
     ("*/q/b|*/k/b|*/v/b|*/up/b|*/gate/b", ("tensor",)),
     ("*/b|*scale|*bias|position_*", ()),
 )
@@ -99,7 +99,8 @@ class Routing:
 
 @leaf
 class Out:
-    """What a forward pass returns: hidden [B, T, D] after the last norm, and the head that makes logits of it.
+    """What a forward pass returns: hidden [B, T, D] after the last norm, and the head that makes logits of it, of words
+    or of the classes of `lmx.adapt.Classes`.
 
     routing: for losses on the routers; None without experts.
     """
@@ -255,13 +256,16 @@ class Transformer(nn.Module):
         else:
             x, routing = tokens, None
         x = self.constrain(Norm(c.norm, name="norm")(x), ROWS, None, None)
-        if c.tie_head:
+        if self.has_variable("params", "classes"):  # put there by lmx.adapt.Classes
+            head = self.get_variable("params", "classes")
+        elif c.tie_head:
             head = Transposed(embed)
         else:
             head = weight(self, "head", nn.initializers.normal(c.init_std), (c.d_model, c.vocab_size))
         if routing is not None:
             routing = Routing(routing, c.mlp.top_k)
-        return Out(x, head, c.logit_softcap, routing), cache
+        softcap = None if self.has_variable("params", "classes") else c.logit_softcap
+        return Out(x, head, softcap, routing), cache
 
     def _layers(self, x, where, cache, slots, kv_where, position_weights):
         c = self.config

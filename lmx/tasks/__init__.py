@@ -16,8 +16,10 @@ Review: बहुत अच्छी फ़िल्म
 Sentiment: positive
 """
 
+from lmx.data.encoded import Encoded, Prompt, encoded, ids_of
 from lmx.data.records import Records
 
+from .answers import Answers
 from .builtin import fruit, sst2, summarization, translation
 from .metrics import (
     F1,
@@ -34,21 +36,13 @@ from .metrics import (
     difference,
     measure,
 )
-from .prompt import (
-    Encoded,
-    Prompt,
-    Shots,
-    alternatives,
-    encoded,
-    ids_of,
-    prompt_messages,
-    prompt_text,
-)
+from .prompt import Shots, alternatives, prompt_messages, prompt_text
 from .task import Choices, Example, Free, Number, Task, Template, overlap
 
 __all__ = [
     "F1",
     "Accuracy",
+    "Answers",
     "Bleu",
     "Calibration",
     "Choices",

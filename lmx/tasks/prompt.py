@@ -1,27 +1,23 @@
-"""From a task to the text or the messages that a model reads, and to exact tokens of prompt and answer.
+"""From a task to the text or the messages that a model reads, and to the exact tokens of answers that compare.
 
-    some = Shots(4, pick="balanced", seed=1)(task.examples("train"))
-    text = prompt_text(task, question, some)                                 instruction, examples, question
-    ids, start = encoded(tokenizer, text, " positive")                       ids[start:] are the answer's
-
-Prompt and answer are encoded as one text, as a model saw such text in training: encoded apart they may be other tokens.
+some = Shots(4, pick="balanced", seed=1)(task.examples("train"))
+text = prompt_text(task, question, some)                                 instruction, examples, question
+alternatives(tokenizer, text, [" negative", " positive"])                [(ids, start), (ids, start)]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from lmx.data.chat_template import ChatTemplate
+from lmx.data.encoded import Encoded, Prompt, encoded
 from lmx.data.tokenizer_json import Tokenizer, common
 
 from .task import Example, Task
-
-Prompt = str | Sequence[Mapping[str, Any]]
-"""Text, or the messages of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -103,35 +99,6 @@ def prompt_messages(task: Task, question: str, shots: Sequence[Example] = ()) ->
     return [{"role": role, "content": text.strip()} for role, text in [*turns, ("user", question)]]
 
 
-class Encoded(NamedTuple):
-    """ids[start:] are the answer's tokens, the others the prompt's."""
-
-    ids: list[int]
-    start: int
-
-
-def encoded(tokenizer: Tokenizer, prompt: Prompt, answer: str, chat: ChatTemplate | None = None) -> Encoded:
-    """The ids of a prompt with its answer, and where the answer starts.
-
-    A token that holds the prompt's last and the answer's first characters is the answer's. A text gets the tokenizer's
-    bos in front; messages are put into words by the chat template, and an answer to them is stripped.
-    A tokenizer that does not keep a text (one that normalises, or has unknown words) tells the start otherwise: it is
-    where the ids first differ from those of the prompt alone.
-    Raises: ValueError for an answer without tokens, and for messages without a chat template.
-    """
-    answer = answer if isinstance(prompt, str) else answer.strip()
-    ids = ids_of(tokenizer, prompt, chat, answer)
-    spelled, start = b"", len(ids)
-    while start and len(spelled) < len(answer.encode()):
-        start -= 1
-        spelled = tokenizer.token_bytes(ids[start]) + spelled
-    if not spelled.endswith(answer.encode()):
-        start = common([ids, ids_of(tokenizer, prompt, chat)])
-    if start == len(ids):
-        raise ValueError(f"the answer {answer!r} has no tokens of its own; give one that has text")
-    return Encoded(ids, start)
-
-
 def alternatives(
     tokenizer: Tokenizer, prompt: Prompt, answers: Sequence[str], chat: ChatTemplate | None = None
 ) -> list[Encoded]:
@@ -140,18 +107,6 @@ def alternatives(
     found = [encoded(tokenizer, prompt, answer, chat) for answer in answers]
     start = min(common([x.ids for x in found]), *(x.start for x in found))
     return [Encoded(x.ids, start) for x in found]
-
-
-def ids_of(
-    tokenizer: Tokenizer, prompt: Prompt, chat: ChatTemplate | None = None, answer: str = ""
-) -> list[int]:
-    """The ids of a prompt, and of the answer that goes on with it. Raises: as `encoded`."""
-    if isinstance(prompt, str):
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        return bos + tokenizer.encode(prompt + answer)
-    if chat is None:
-        raise ValueError("messages need a chat template, and this model has none; give it text")
-    return chat.ids(tokenizer, prompt, reply=answer)
 
 
 def _in_turn(labels: Sequence[str], drawn: np.ndarray) -> np.ndarray:

@@ -53,7 +53,6 @@ def program(run: Any, mesh: Mesh) -> Program:
     """
     meshes.check_batch(run.data.batch_size, run.n_micro, mesh)
     _check_lengths(run)
-    hide = _hidden_labels(run.model.attention.mask, run.data.seq_len)
     pmap = run.mesh.pmap
     if pmap and jax.process_count() > 1:
         raise ValueError("mesh.pmap=True serves the devices of one process; set it to False with several")
@@ -68,6 +67,7 @@ def program(run: Any, mesh: Mesh) -> Program:
         return rest_of(run.start)(params, jax.random.fold_in(key, 1))
 
     shapes = jax.eval_shape(lambda base: params_of(base, jax.random.key(0)), base)
+    hide = _of_classes if "classes" in shapes else _hidden_labels(run.model.attention.mask, run.data.seq_len)
     tx = run.optim.build(run.steps, tree.partition(shapes, run.trainable)[0])
 
     def init(base: Any, seed: jax.Array) -> State:
@@ -165,6 +165,11 @@ def _evaluate(model, params, batch):
     loss = losses.Chunked.fitting(losses.NextToken(), n_rows, model.config.vocab_size)
     nats = loss(model.apply(params, batch), batch)
     return (nats * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+
+
+def _of_classes(batch: dict) -> dict:
+    """The batch with labels that do not count, which are words, as 0, which is a class."""
+    return batch | {"labels": jnp.where(batch["loss_mask"] > 0, batch["labels"], 0)}
 
 
 def _place(sharding, batch):

@@ -94,7 +94,7 @@ def test_replies_are_learned_through_the_models_own_template(trained, lmx):
     assert "loss_share" in (folder / "tuned" / "report.html").read_text()
 
     with pytest.raises(
-        ValueError, match=r"tuned held out conversations, and eval judges texts; .*lmx eval tuned TEXT"
+        ValueError, match=r"tuned held out answers, and eval judges texts; .*lmx eval tuned TEXT"
     ):
         eval.main(["tuned"])
 

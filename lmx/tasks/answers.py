@@ -1,0 +1,98 @@
+"""A task as text to learn its answers from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from lmx.data.sources import Document, Source
+from lmx.data.tally import Report
+
+from .prompt import prompt_messages, prompt_text
+from .task import Choices, Task
+
+
+@dataclass(frozen=True)
+class Answers(Source):
+    """The examples of a task, of which the answers alone are learned.
+
+        Data(train=(Answers(task),), tokenizer=File("model.gguf"), seq_len=128)
+
+    part: "train" or "test". limit: that many, drawn by `seed`; None is all. chat: in messages through the chat template
+    rather than in plain text. head: the answer is the number of its class, for the head of `lmx.adapt.Classes`.
+    Of a question that is longer than a row the end is kept, with the answer.
+    Raises: ValueError for settings that do not go together.
+    """
+
+    task: Task
+    part: str = "train"
+    limit: int | None = None
+    seed: int = 0
+    chat: bool = False
+    head: bool = False
+    masked: ClassVar[bool] = True
+    keep: ClassVar[str] = "tail"
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"Answers: limit={self.limit}; use 1 or more, or None for all")
+        if self.head and not isinstance(self.task.answer, Choices):
+            raise ValueError(
+                f"Answers: head=True needs classes, and {self.task.name} has {self.task.answer}; leave it off"
+            )
+        if self.head and self.chat:
+            raise ValueError("Answers: head=True reads plain text; leave chat off")
+
+    @property
+    def conversations(self) -> bool:
+        return self.chat
+
+    def files(self) -> tuple[Path, ...]:
+        return self._records.files()
+
+    def fingerprint(self) -> str:
+        t = self.task
+        settings = (
+            t.template,
+            t.answer,
+            t.instruction,
+            self.part,
+            self.limit,
+            self.seed,
+            self.chat,
+            self.head,
+        )
+        records = self._records.fingerprint()
+        return hashlib.sha256(repr((type(self).__name__, settings, records)).encode()).hexdigest()
+
+    @property
+    def _records(self):
+        return self.task.test if self.part == "test" else self.task.train
+
+    def _read(self, report: Report) -> Iterator[Document]:
+        examples = self.task.examples(self.part, report)
+        if self.limit is not None:
+            examples = drawn(list(examples), self.limit, self.seed)
+        for example in examples:
+            document = {"id": example.where}
+            if self.chat:
+                reply = {"role": "assistant", "content": example.answer.strip()}
+                yield document | {"messages": [*prompt_messages(self.task, example.question), reply]}
+                continue
+            answer = example.answer
+            if self.head:
+                answer = list(self.task.answer.labels).index(example.references[0])
+            yield document | {"text": prompt_text(self.task, example.question), "answer": answer}
+
+
+def drawn(examples: list, limit: int | None, seed: int) -> list:
+    """`limit` of them, drawn by the seed, in their order; all if there are not more."""
+    if limit is None or limit >= len(examples):
+        return examples
+    order = np.random.default_rng(seed).permutation(len(examples))[:limit]
+    return [examples[i] for i in np.sort(order)]
