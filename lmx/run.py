@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lmx.tasks  # with the Answers that a saved run may name
+import lmx.tasks  # noqa: F401  a saved run may name its Answers
 from lmx import tree, values
 from lmx.adapt import Surgery  # with all the surgeries that a saved run may name
 from lmx.data import ChatTemplate, Data, Tokenizer
