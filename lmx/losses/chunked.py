@@ -1,4 +1,4 @@
-"""Any per-token loss, computed a slice of T at a time, so that [B, T, V] never exists."""
+"""Any per-token loss, computed a slice of T at a time, so that [B, T, V] never exists, or only where it counts."""
 
 from __future__ import annotations
 
@@ -52,10 +52,7 @@ class Chunked(Loss):
         if n_positions <= self.size:
             return self.loss(out, batch)
         cut, whole = _split(batch, (n_rows, n_positions))
-
-        def slice_loss(hidden, cut):
-            return self.loss(dataclasses.replace(out, hidden=hidden), _join(whole, cut))
-
+        slice_loss = _of_slice(self.loss, out, whole)
         full = n_positions // self.size * self.size
         scanned = jax.tree.map(lambda x: _stack(x[:, :full], self.size), (out.hidden, cut))
         body = jax.checkpoint(slice_loss, prevent_cse=False)
@@ -65,6 +62,53 @@ class Chunked(Loss):
             return loss
         tail = jax.tree.map(lambda x: x[:, full:], (out.hidden, cut))
         return jnp.concatenate([loss, jax.checkpoint(slice_loss)(*tail)], axis=1)
+
+
+@dataclass(frozen=True)
+class Counted(Loss):
+    """The same as `loss` on the tokens that count, and 0 on the others: of replies to long questions, a share of the
+    head's work.
+
+    The positions of a row are sorted, those that count first, and cut into slices of `size`; a slice without one, in
+    no row, is skipped. So each row keeps its place on a mesh.
+    Args:
+      mask: the batch entry that says what counts, as in `Term`.
+      size: positions in a slice; every row's are computed up to those of the row that has most.
+    Raises: ValueError for a size below 1, or a loss that is not local.
+    """
+
+    loss: Loss
+    size: int = 16
+    mask: str = "loss_mask"
+
+    def __post_init__(self):
+        Chunked(self.loss, self.size)
+
+    def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
+        counts = batch[self.mask] > 0
+        T = counts.shape[1]
+        short = -T % self.size
+        order = jnp.argsort(~counts, axis=1, stable=True)
+        cut, whole = _split(batch, counts.shape)
+
+        def sliced(x):
+            x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1)
+            return _stack(jnp.pad(x, [(0, short if i == 1 else 0) for i in range(x.ndim)]), self.size)
+
+        slice_loss = jax.checkpoint(_of_slice(self.loss, out, whole), prevent_cse=False)
+        most = counts.sum(1).max()
+
+        def one(start, xs):
+            zeros = jnp.zeros((counts.shape[0], self.size), jnp.float32)
+            return start + self.size, jax.lax.cond(start < most, slice_loss, lambda *_: zeros, *xs)
+
+        _, loss = jax.lax.scan(one, 0, jax.tree.map(sliced, (out.hidden, cut)))
+        loss = jnp.moveaxis(loss, 0, 1).reshape(counts.shape[0], -1)[:, :T]
+        return jnp.where(counts, jnp.take_along_axis(loss, jnp.argsort(order, 1), 1), 0.0)
+
+
+def _of_slice(loss, out, whole):
+    return lambda hidden, cut: loss(dataclasses.replace(out, hidden=hidden), _join(whole, cut))
 
 
 def _split(batch, shape):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from answer import Out, answer, batch
 
-from lmx.losses import Chunked, Loss, NextToken, Term, ZLoss, counts, total
+from lmx.losses import Chunked, Counted, Loss, NextToken, Term, ZLoss, counts, total
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,38 @@ def test_a_size_below_one_is_told():
 
 def test_out_is_a_pytree_with_a_static_softcap():
     assert len(jax.tree.leaves(Out(jnp.ones((1, 1, 2)), jnp.ones((2, 3)), 30.0))) == 2
+
+
+@pytest.mark.parametrize("n_positions", [1, 4, 7, 8, 13])
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_where_it_counts_alone_is_the_same_and_elsewhere_nothing(n_positions, share):
+    out, data = answer(3, n_positions, 8, 11, softcap=5.0), batch(3, n_positions, 11)
+    data["loss_mask"] = jnp.asarray(np.random.default_rng(0).random((3, n_positions)) < share, jnp.float32)
+    loss = NextToken(0.1)
+    wanted = jnp.where(data["loss_mask"] > 0, loss(out, data), 0.0)
+    np.testing.assert_allclose(Counted(loss, 4)(out, data), wanted, rtol=2e-5, atol=1e-6)
+    if share:
+        same(value_and_grads(Counted(loss, 4), out, data), value_and_grads(loss, out, data))
+
+
+def test_another_mask_and_a_teacher_where_it_counts():
+    out, data = answer(2, 7, 4, 11), batch(2, 7, 11) | {"temperature": jnp.array(2.0)}
+    data |= {"teacher": answer(2, 7, 6, 11, seed=5), "replies": jnp.eye(2, 7)}
+    wanted = jnp.where(data["replies"] > 0, Towards()(out, data), 0.0)
+    np.testing.assert_allclose(Counted(Towards(), 3, "replies")(out, data), wanted, rtol=2e-5)
+
+
+def test_slices_in_which_nothing_counts_are_not_computed():
+    seen = []
+
+    @dataclass(frozen=True)
+    class Told(NextToken):
+        def __call__(self, out, batch):
+            jax.debug.callback(lambda: seen.append(out.hidden.shape))
+            return super().__call__(out, batch)
+
+    out, data = answer(2, 64, 8, 11), batch(2, 64, 11)
+    data["loss_mask"] = jnp.zeros((2, 64)).at[0, 60].set(1.0).at[1, 1:10].set(1.0)
+    jax.block_until_ready(jax.jit(Counted(Told(), 8))(out, data))
+    jax.effects_barrier()
+    assert seen == [(2, 8, 8)] * 2
