@@ -41,7 +41,7 @@ class Update(ABC):
     lr: float = 1e-3
     schedule: Schedule = field(default_factory=Cosine)
     weight_decay: float = 0.1
-    decay: str = "*/w|*/w/*|head|head/*"
+    decay: str = "*/w|*/w/*|head|head/*|classes"
     clip: float | None = 1.0
     ema: float | None = None
 
