@@ -1,10 +1,7 @@
 """Ways to fine-tune side by side: trained and judged once, and told on one page."""
 
-import json
-from dataclasses import replace
 
 import jax
-import numpy as np
 import pytest
 
 from lmx import tree, tune
