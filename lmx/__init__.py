@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PARTS = """
 adapt artifact cli data evals formats generate losses mesh models nn ops optim plan quickstart report run sweep tasks
-text train tree values weights
+text train tree tune values weights
 """.split()
 
 

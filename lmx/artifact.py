@@ -52,10 +52,22 @@ def record(
     where = str(Path(at or path).absolute())
     made = Artifact(kind, hash_path(path), where, facts or {}, tuple(find(p) for p in made_from))
     target = _file_of(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(asdict(made), indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, target)
+    write(target, json.dumps(asdict(made), indent=1, ensure_ascii=False))
     return made
+
+
+def write(path: str | Path, text: str) -> None:
+    """Writes a file whole or not at all: beside its place, then renamed. Raises: OSError that names it."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def find(path: str | Path | Artifact) -> Artifact:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -103,9 +102,5 @@ def read(out: str | Path) -> list[Cell]:
 
 
 def _write(out: Path, metric: str, cells: list[Cell]) -> None:
-    partial = out / f"sweep.json.{os.getpid()}.tmp"
-    partial.write_text(
-        json.dumps({"metric": metric, "cells": [asdict(c) for c in cells]}, indent=1, ensure_ascii=False),
-        encoding="utf-8",
-    )
-    os.replace(partial, out / "sweep.json")
+    facts = {"metric": metric, "cells": [asdict(c) for c in cells]}
+    artifact.write(out / "sweep.json", json.dumps(facts, indent=1, ensure_ascii=False))

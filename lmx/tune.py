@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -168,7 +167,7 @@ def compare(
         found.append(
             Tuned(name, *scores, held.pop("trained"), held, seconds, series["valid/loss"], series["loss"])
         )
-        (out / "report.html").write_text(report(found, task).html(), encoding="utf-8")
+        artifact.write(out / "report.html", report(found, task).html())
     return found
 
 
@@ -190,7 +189,7 @@ class _Judge:
         known = read_json(folder / "score.json")
         if known is None or known["of"] != key:
             known = {"of": key, **self._scores(load(), folder, shots)}
-            _write(folder / "score.json", known)
+            artifact.write(folder / "score.json", json.dumps(known, ensure_ascii=False))
         metrics = {name: Interval(**x) for name, x in known["metrics"].items()}
         return metrics, known["general"] and Interval(**known["general"])
 
@@ -245,14 +244,8 @@ def _held(folder: Path, made) -> dict[str, int]:
             "optimizer": tree.nbytes(state.opt_state),
             "activations and others": compiled.temporary_bytes,
         }
-        _write(folder / "memory.json", known)
+        artifact.write(folder / "memory.json", json.dumps(known))
     return known
-
-
-def _write(path: Path, facts: dict) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def table(found: Iterable[Tuned]) -> Table:

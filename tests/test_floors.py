@@ -15,7 +15,7 @@ FLOORS = {
     "parts": ("formats", "nn data curate optim mesh report"),
     "wholes": ("models adapt distill generate tasks",),
     "acts": ("train evals bulk serve sweep plan",),
-    "words": ("run", "quickstart", "cli", "__main__"),
+    "words": ("run", "tune", "quickstart", "cli", "__main__"),
 }
 """From below, as in the style guide; a floor may have steps, and an import must go down a step or more."""
 STEPS = [step for steps in FLOORS.values() for step in steps]

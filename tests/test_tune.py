@@ -1,6 +1,5 @@
 """Ways to fine-tune side by side: trained and judged once, and told on one page."""
 
-
 import jax
 import pytest
 

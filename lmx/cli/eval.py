@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -234,9 +233,7 @@ def _keep(folder: Path, step: int, name: str, found: Perplexity, text: _Text) ->
     with artifact.alone(folder / ".results.lock", wait=True):
         results = (read_json(path) or {}) | {name: _facts(found)}
         earlier = artifact.read(path) if path.exists() else None
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        artifact.write(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         parents = {parent.hash: parent for parent in (*(earlier.made_from if earlier else ()), *parents)}
         artifact.record(path, "results", parents.values())
 

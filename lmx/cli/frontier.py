@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmx import cli
+from lmx import artifact, cli
 from lmx.adapt import Gguf, importance
 from lmx.cli.quantize import Options, hashed, judged, made, windows
 from lmx.generate.rows import Decoder, Known
@@ -51,8 +50,21 @@ FRONTIER = {
 
 
 def compare(asked: Options, model) -> None:
-    """Judges one method after the other, and writes the page anew after each."""
+    """Judges one method after the other, and writes the page anew after each.
+
+    Raises: ValueError if another process does so there; as `_earlier`.
+    """
     asked.out.mkdir(parents=True, exist_ok=True)
+    with artifact.alone(asked.out / ".lock"):
+        try:
+            _compare(asked, model)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{asked.out} keeps every row that is done; repeat the command to go on"
+            ) from None
+
+
+def _compare(asked: Options, model) -> None:
     file = asked.out / RESULTS
     seen = windows(asked.calibration, model, asked.samples, asked.length)
     read = windows(asked.text or asked.calibration, model, asked.windows, asked.length)
@@ -80,10 +92,8 @@ def compare(asked: Options, model) -> None:
             done["rows"][name] = row
             near = (Interval(**row[k]) for k in ("perplexity", "kl"))
             print(f"{name:24} {row['bits']:5.2f} bits  " + "perplexity {}  KL {}".format(*near))
-        partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(file)
-        (asked.out / "report.html").write_text(_page(asked, done).html(), encoding="utf-8")
+        artifact.write(file, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
+        artifact.write(asked.out / "report.html", _page(asked, done).html())
     print(f"wrote {asked.out / 'report.html'}")
 
 

@@ -8,13 +8,12 @@ The page needs nothing beside it. A run in progress can be looked at.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from lmx import cli
+from lmx import artifact, cli
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,4 @@ def main(argv: list[str]) -> None:
 def write(page: Path, html: str) -> None:
     """Writes a page whole or not at all."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    partial = page.with_name(f"{page.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, page)
-    finally:
-        partial.unlink(missing_ok=True)
+    artifact.write(page, html)

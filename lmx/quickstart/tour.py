@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -75,7 +74,7 @@ def _take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
             if "skipped" not in facts:
                 facts["seconds"] = round(time.monotonic() - start, 1)
                 kept = {"made_from": tour.made_from, "facts": facts}
-                _write(file, json.dumps(kept, indent=1, ensure_ascii=False))
+                artifact.write(file, json.dumps(kept, indent=1, ensure_ascii=False))
         tour.facts[chapter.name] = facts
         tour.made_from = artifact.hash_text(f"{tour.made_from} {json.dumps(facts, ensure_ascii=False)}")
         sections.append(Section(f"{number}. {chapter.title}", tuple(chapter.show(tour, facts))))
@@ -84,7 +83,7 @@ def _take(tour: Tour, chapters: tuple[Chapter, ...]) -> Path:
             tuple(sections),
             "From raw text to a trained language model, in English and Hindi",
         )
-        _write(tour.folder / "report.html", page.html())
+        artifact.write(tour.folder / "report.html", page.html())
     tour.say(f"\nall chapters in {time.monotonic() - begun:.0f} s")
     return tour.folder / "report.html"
 
@@ -107,9 +106,3 @@ def _named(facts: Any) -> Iterator[Path]:
         if name in ("path", "folder"):
             yield Path(fact)
         yield from _named(fact)
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
