@@ -31,6 +31,7 @@ from .metrics import (
     Metric,
     Outcome,
     Rouge,
+    average,
     difference,
     measure,
 )
@@ -44,7 +45,7 @@ from .prompt import (
     prompt_messages,
     prompt_text,
 )
-from .task import Choices, Example, Free, Number, Task, Template, overlap
+from .task import Choices, Example, Free, Number, Task, Template, key_of, overlap
 
 __all__ = [
     "F1",
@@ -69,10 +70,12 @@ __all__ = [
     "Task",
     "Template",
     "alternatives",
+    "average",
     "difference",
     "encoded",
     "fruit",
     "ids_of",
+    "key_of",
     "measure",
     "overlap",
     "prompt_messages",

@@ -260,8 +260,8 @@ def overlap(train: Iterable[Example], test: Iterable[Example], of: str = "the ta
 
     Only hashes of the training questions are held.
     """
-    known = {_key(example.question) for example in train}
-    tested = [(example.where, _key(example.question) in known) for example in test]
+    known = {key_of(example.question) for example in train}
+    tested = [(example.where, key_of(example.question) in known) for example in test]
     found = tuple(where for where, seen in tested if seen)
     if found:
         warnings.warn(
@@ -306,6 +306,7 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
     return _PART.sub(lambda part: part[0][0] if part[1] is None else values[part[1]], template)
 
 
-def _key(text: str) -> bytes:
+def key_of(text: str) -> bytes:
+    """The same for texts that differ in case, punctuation, spaces and Unicode form alone."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return hashlib.blake2b((" ".join(words(text)) or text).encode(), digest_size=12).digest()
