@@ -46,6 +46,7 @@ from .prompt import (
     prompt_text,
 )
 from .task import Choices, Example, Free, Number, Task, Template, key_of, overlap
+from .tokens import named_tokens, prompt_parts, shown_piece
 
 __all__ = [
     "F1",
@@ -77,9 +78,12 @@ __all__ = [
     "ids_of",
     "key_of",
     "measure",
+    "named_tokens",
     "overlap",
     "prompt_messages",
+    "prompt_parts",
     "prompt_text",
+    "shown_piece",
     "sst2",
     "summarization",
     "translation",
