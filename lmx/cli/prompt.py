@@ -19,6 +19,8 @@ HIGH a number. Sweep and search keep what they have done in --out: repeat the co
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -269,7 +271,7 @@ def sweep(asked: Sweep, task: Task, model: Trained) -> None:
             "--pick nearest has one choice of shots for a question; sweep random or balanced ones"
         )
     folder = _folder(asked, task)
-    with Steps("prompts") as progress:
+    with _kept(folder), Steps("prompts") as progress:
         found = sensitivity(
             model,
             task,
@@ -313,7 +315,7 @@ def search(asked: Search, task: Task, model: Trained) -> None:
             fixed = k == 0 or asked.pick == "first"
             seeds = range(asked.seed, asked.seed + (1 if fixed else asked.seeds))
             shots += [Shots(k, "random" if k == 0 else asked.pick, seed) for seed in seeds]
-    with Steps("scored examples") as progress:
+    with _kept(folder), Steps("scored examples") as progress:
         found = searched(
             model,
             task,
@@ -453,6 +455,20 @@ def _folder(asked: Sweep | Search, task: Task) -> Path:
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """One process at a time; one that is stopped says how to go on."""
+    from lmx import artifact
+
+    with artifact.alone(folder / ".lock"):
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{folder / DONE} has what is done; repeat the command to go on"
+            ) from None
 
 
 def _told(asked: Sweep | Search) -> str:

@@ -115,8 +115,7 @@ class Sensitivity:
         told += f" ({most - n:,} that not all prompts leave room for are left out)" if most > n else ""
         told += f", {sum(x.seconds for x in self.prompts):.0f} s"
         if tokens := sum(x.saved_tokens for x in self.prompts):
-            shared = sum(x.shared_tokens for x in self.prompts)
-            told += f"; {saved(shared, tokens, sum(x.saved_seconds for x in self.prompts))}"
+            told += f"; {saved(tokens, sum(x.saved_seconds for x in self.prompts))}"
         names = (
             "template",
             "shots",
@@ -187,12 +186,14 @@ def sensitivity(
         raise ValueError(f"sensitivity: ks={tuple(ks)}; give different numbers of shots, such as (0, 1, 4)")
     done = _Done(out)
     all_templates = (task.template, *(x for x in templates if x != task.template))
-    plan, report = {}, Report()
+    plan = {}
     for number, template in enumerate(all_templates):
         here = replace(task, template=template)
+        report = Report()
         examples = drawn(list(here.examples("test", report)), limit, seed)
         train = list(here.examples("train", report)) if any(ks) else []
-        if train and not number:
+        if not number:
+            report.warn(task.name)
             overlap(train, examples, task.name)
         for k, s, order in itertools.product(ks, range(seeds), range(orders)):
             some = shown(model, here, Shots(k, pick, s, order), train, examples)

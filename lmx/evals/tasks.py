@@ -79,7 +79,7 @@ class TaskResult:
     def table(self) -> Table:
         caption = f"{self.task}: {len(self.outcomes):,} examples, {self.prompt_tokens:,} tokens, {self.seconds:.1f} s"
         if self.saved_tokens:
-            caption += f"; {saved(self.shared_tokens, self.saved_tokens, self.saved_seconds)}"
+            caption += f"; {saved(self.saved_tokens, self.saved_seconds)}"
         return Table(("metric", "value"), tuple(self.metrics.items()), caption)
 
     def save(self, path: str | Path) -> None:
@@ -241,12 +241,9 @@ def judge(
     return TaskResult(task.name, metrics, tuple(outcomes), signed, *costs, seconds, report)
 
 
-def saved(shared_tokens: int, saved_tokens: int, saved_seconds: float) -> str:
-    """What a shared prefix saved, in words."""
-    return (
-        f"the {shared_tokens:,} tokens that all prompts begin with were read once: {saved_tokens:,} tokens, about "
-        f"{saved_seconds:.1f} s, not read again"
-    )
+def saved(tokens: int, seconds: float) -> str:
+    """What shared beginnings saved, in words."""
+    return f"what prompts begin with was read once: {tokens:,} tokens, about {seconds:.1f} s, not read again"
 
 
 class _Costs(NamedTuple):
