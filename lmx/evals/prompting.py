@@ -305,7 +305,6 @@ def search(
     """
     metric = _metric(task, metric)
     done = _Done(out)
-    report = Report()
     tasks = [
         replace(task, instruction=instruction, template=template)
         for instruction in dict.fromkeys((task.instruction, *instructions))
@@ -322,12 +321,14 @@ def search(
             f"search: budget={budget} for {len(candidates)} candidates in {rounds} rounds; give "
             f"{rounds * len(candidates):,} or more, or fewer candidates"
         )
-    halves = _halves(task, list(task.examples("test")), seed, report)
-    parts = {}
-    for template in dict.fromkeys(one.template for one in tasks):
-        by_place = {x.where: x for x in replace(task, template=template).examples("train")}
-        parts[template] = [[by_place[w] for w in half if w in by_place] for half in halves]
-    n = min(len(chosen) for _, chosen in parts.values())
+    halves = _halves(task, seed)
+    train = {one.template: {x.where: x for x in one.examples("train")} for one in tasks}
+    usable = set.intersection(*map(set, train.values()))
+    parts = {
+        template: [[by_place[where] for where in half if where in usable] for half in halves]
+        for template, by_place in train.items()
+    }
+    n = len(parts[task.template][1])
     ready = model.for_decoding()
     key = _key(model, how, seed)
 
@@ -458,12 +459,13 @@ def _judged(model: Trained, task: Task, examples, some, seed: int, how: dict) ->
     return {name: getattr(found, name) for name in names}
 
 
-def _halves(task: Task, test: Sequence[Example], seed: int, report: Report) -> tuple[list[str], list[str]]:
+def _halves(task: Task, seed: int) -> tuple[list[str], list[str]]:
     """Places of training examples, in a random order: those to show and those to score. A question stands in one half.
 
     Raises: ValueError if one has none.
     """
-    tested = {key_of(x.question) for x in test}
+    report = Report()
+    tested = {key_of(x.question) for x in task.examples("test")}
     places: dict[bytes, list[str]] = {}
     for x in task.examples("train", report):
         if (key := key_of(x.question)) in tested:

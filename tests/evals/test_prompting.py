@@ -381,3 +381,17 @@ def test_less_error_is_better():
     values = [math.inf if math.isnan(x.value) else x.value for x in found.trials[:2]]
     assert values == sorted(values) and found.metric == "mean_error"
     assert json.dumps(found.task.train.label)
+
+
+def test_rows_that_one_template_cannot_use_are_scored_by_none():
+    rows = [
+        {"text": text, "label": i % 2, **({"more": "b"} if i != 4 else {})} for i, text in enumerate(TRAIN)
+    ]
+    task = dataclasses.replace(
+        TASK, train=Records(rows), test=Records([{"text": "x", "more": "y", "label": 0}])
+    )
+    found = search(
+        trained(), task, budget=90, templates=[Template("{text} {more}:", " {label}")], resamples=9
+    )
+    places = [[x.where for x in trial.outcomes] for trial in found.trials]
+    assert places[0] == places[1] and len(places[0]) in (4, 5) and "row 4" not in places[0]
