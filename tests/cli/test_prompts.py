@@ -206,3 +206,12 @@ def test_answers_by_their_options():
     assert _answer(Score(**asked, number=(1, 5))) == Number(1, 5)
     assert _answer(Score(**asked, labels="bad, good")).labels == {"bad": "bad", "good": "good"}
     assert _task(Score(**asked, answer="\\n{b}")).template == Template("{a}", "\n{b}")
+
+
+def test_what_is_stopped_says_how_to_go_on_and_works_alone(tmp_path):
+    from lmx.cli.prompt import _kept
+
+    with pytest.raises(KeyboardInterrupt, match=r"prompts\.jsonl has what is done; repeat"), _kept(tmp_path):
+        with pytest.raises(ValueError, match="is in use by process"), _kept(tmp_path):
+            pass
+        raise KeyboardInterrupt

@@ -391,7 +391,7 @@ def test_rows_that_one_template_cannot_use_are_scored_by_none():
         TASK, train=Records(rows), test=Records([{"text": "x", "more": "y", "label": 0}])
     )
     found = search(
-        trained(), task, budget=90, templates=[Template("{text} {more}:", " {label}")], resamples=9
+        trained(), task, budget=90, templates=[Template("{text} {more}:", " {label}")], seed=2, resamples=9
     )
     places = [[x.where for x in trial.outcomes] for trial in found.trials]
-    assert places[0] == places[1] and len(places[0]) in (4, 5) and "row 4" not in places[0]
+    assert places[0] == places[1] and len(places[0]) == 4  # of the five in this half, row 4 lacks a field
