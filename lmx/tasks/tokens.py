@@ -33,9 +33,9 @@ def prompt_parts(
     task: Task, question: str, shots: Sequence[Example] = (), chat: ChatTemplate | None = None
 ) -> list[Part]:
     """The text of a prompt in parts that joined are all of it: of `prompt_text`, or with a chat template what that
-    makes of `prompt_messages`.
+    makes of `prompt_messages`; one part without a name where the template changes what is said, as one that cuts texts.
 
-    Raises: ValueError for a chat template that changes what is said, such as one that cuts texts.
+    Raises: ValueError, as `ChatTemplate.render`.
     """
     names = [f"shot {i} {what}" for i in range(1, len(shots) + 1) for what in ("question", "answer")]
     names = [*(["instruction"] if task.instruction else []), *names, "question"]
@@ -55,9 +55,8 @@ def prompt_parts(
         before, _, rest = rest.partition(mark)
         parts += [("", before), (name, message["content"])]
     parts.append(("", rest))
-    if "".join(text for _, text in parts) != chat.render(messages):
-        raise ValueError(f"{chat.name} changes what is said, so that the parts of its text are not known")
-    return parts
+    whole = chat.render(messages)
+    return parts if "".join(text for _, text in parts) == whole else [("", whole)]
 
 
 def named_tokens(

@@ -98,10 +98,9 @@ def test_a_space_that_the_tokenizer_puts_in_front_belongs_to_no_part():
         assert raw.decode().strip() == text.strip()
 
 
-def test_a_chat_template_that_cuts_what_is_said_is_told():
+def test_of_a_chat_template_that_cuts_what_is_said_no_part_is_known():
     cutting = ChatTemplate("{% for m in messages %}{{ m.content[:3] }}{% endfor %}")
-    with pytest.raises(ValueError, match="changes what is said"):
-        prompt_parts(TASK, "a long question", (), cutting)
+    assert prompt_parts(TASK, "a long question", (), cutting) == [("", "एक a l")]
 
 
 def test_pieces_are_visible():
