@@ -5,6 +5,7 @@
   lmx train FILE --variant V --set optim.lr=3e-4     another variant, with a setting changed
   lmx sweep FILE --seeds 3                           variants x seeds, a table and a plot with intervals
   lmx eval RUN TEXT                                  perplexity per token, word and byte, with intervals
+  lmx prompt score MODEL fruit --shots 8             prompts: their tokens, scores, spreads, a search for one
   lmx generate RUN "Once upon"                       text from a model
   lmx chat MODEL                                     a conversation with a model that was trained for it
   lmx tokenizer compare TEXT                         which tokenizer, which vocabulary size
@@ -41,6 +42,7 @@ VERBS = (
     "train",
     "sweep",
     "eval",
+    "prompt",
     "generate",
     "chat",
     "tokenizer",

@@ -70,18 +70,24 @@ def _size(n: float) -> str:
 
 
 class Steps:
-    """How many of a few long steps are done, and how long the rest will take: call it as steps(done, of)."""
+    """How many of some long steps are done, and how long the rest will take: call it as steps(done, of). Silent for a
+    second, and then as often as `Progress`."""
 
     def __init__(self, what: str):
         self._what, self._progress = what, Progress()
 
     def __enter__(self) -> Steps:
         self._began = time.monotonic()
+        self._next = self._began + self._progress._quiet
         return self
 
     def __exit__(self, *problem) -> None:
         self._progress._clear()
 
     def __call__(self, done: int, of: int) -> None:
-        left = (time.monotonic() - self._began) / max(done, 1) * (of - done)
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + self._progress._every
+        left = (now - self._began) / max(done, 1) * (of - done)
         self._progress.show(f"{self._what}: {done} of {of}, about {left:.0f} s left")

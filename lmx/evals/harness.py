@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lmx.evals.tasks import log_likelihoods
+from lmx.evals.likelihood import log_likelihoods
 from lmx.generate import Sampling, generate
 from lmx.tasks import Encoded
 

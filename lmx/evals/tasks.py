@@ -9,28 +9,28 @@ Choices are not written but weighed: of a choice's tokens a_1 .. a_n after the p
 
 or that per token or per byte, which does not prefer short ones (Gao 2021, "Multiple choice normalization in LM
 evaluation"). Calibrated, the log of a choice's mean probability after questions without content is taken off (Zhao et
-al. 2021, arXiv:2102.09690). What all prompts begin with is read once. Text and numbers are written greedily.
+al. 2021, arXiv:2102.09690). What all prompts begin with is read once. Text and numbers are written greedily, or several
+times and voted on.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lmx.data.tally import Report
-from lmx.generate import Sampling, generate
-from lmx.generate.reading import bucket, keeps, padded
-from lmx.generate.rows import Decoder
+from lmx.evals.likelihood import KEPT, ONE, Seen, log_likelihoods
+from lmx.evals.nearest import Nearest
+from lmx.generate import Sampling, completions
+from lmx.generate.rows import Decoder, Known
 from lmx.report.stats import Interval
 from lmx.report.table import Table
 from lmx.tasks import (
@@ -43,12 +43,14 @@ from lmx.tasks import (
     Shots,
     Task,
     alternatives,
+    drawn,
     ids_of,
     measure,
     overlap,
     prompt_messages,
     prompt_text,
 )
+from lmx.tasks.metrics import plain
 from lmx.weights import shape_of
 
 if TYPE_CHECKING:
@@ -56,16 +58,15 @@ if TYPE_CHECKING:
 
 EMPTY = ("N/A", "[MASK]", "")
 """Questions without content (Zhao et al. 2021, section 5)."""
-KEPT = 8
-"""Tokens that caches of a batch may hold, for each token of it."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
     """metrics: with 95 % intervals over examples. outcomes: of each example, in order. signatures: of metrics that have
     one. prompt_tokens: of all prompts and choices; shared_tokens: of those, the first ones of each that were read once
-    for all; drawn_tokens: written. seconds: from the first encoded prompt to the last answer, compilation included.
-    report: what was passed over."""
+    for all; saved_tokens: that all rows but one would have read again; saved_seconds: what that would have taken, one
+    row after another, at the speed at which the shared ones were read; a batch may read faster. drawn_tokens: written.
+    seconds: from the first encoded prompt to the last answer, compilation included. report: what was passed over."""
 
     task: str
     metrics: dict[str, Interval]
@@ -73,12 +74,16 @@ class TaskResult:
     signatures: dict[str, str]
     prompt_tokens: int
     shared_tokens: int
+    saved_tokens: int
+    saved_seconds: float
     drawn_tokens: int
     seconds: float
     report: Report
 
     def table(self) -> Table:
         caption = f"{self.task}: {len(self.outcomes):,} examples, {self.prompt_tokens:,} tokens, {self.seconds:.1f} s"
+        if self.saved_tokens:
+            caption += f"; {saved(self.saved_tokens, self.saved_seconds)}"
         return Table(("metric", "value"), tuple(self.metrics.items()), caption)
 
     def save(self, path: str | Path) -> None:
@@ -90,29 +95,99 @@ class TaskResult:
 def score(
     model: Trained,
     task: Task,
-    shots: Shots | Callable = Shots(),
+    shots: Shots | Nearest | Callable = Shots(),
     *,
     limit: int | None = None,
     seed: int = 0,
     chat: bool = False,
     per: Literal["answer", "token", "byte"] = "answer",
     calibrate: bool = False,
+    votes: int = 0,
+    temperature: float = 0.7,
     batch_tokens: int = 2048,
     resamples: int = 1000,
+    seen: Seen = lambda done, of: None,
 ) -> TaskResult:
     """How well the model does the task. One with a head of classes (`lmx.adapt.Classes`) answers by it.
 
     Args:
-      shots: which training examples it is shown.
+      shots: which training examples it is shown. With `Nearest` every question has its own: the training questions are
+        read once more to find them, and prompts share only what stands before the examples.
       limit: that many examples, drawn by `seed`; None is all.
       chat: ask in messages through the model's chat template rather than in plain text.
       per: what the log likelihood of a choice is divided by.
-      calibrate: weigh choices against what the model thinks of them before it knows the question.
+      calibrate: weigh choices against what the model thinks of them before it knows the question, after the same
+        examples; with `Nearest` that is four prompts in place of one.
+      votes: so many answers are drawn at `temperature` for each example, and the most frequent one that can be read
+        counts (Wang et al. 2022, arXiv:2203.11171), the first drawn of equally frequent ones; 0 writes one greedily.
       batch_tokens: read at once, padding included.
+      seen: called with the prompts that are done, and with all.
     Examples longer than the model's positions are counted and left out; those longer than it was made to read are
     counted. Warns where test questions are among the training examples.
     Raises: ValueError for options that do not suit the task, or if no example is left; as `Task.examples`.
     """
+    report = Report()
+    examples = drawn(list(task.examples("test", report)), limit, seed)
+    train = list(task.examples("train", report)) if shots != Shots() else []
+    if train:
+        overlap(train, examples, task.name)
+    model = model.for_decoding()
+    return judge(
+        model,
+        task,
+        examples,
+        shown(model, task, shots, train, examples, batch_tokens),
+        report,
+        seed=seed,
+        chat=chat,
+        per=per,
+        calibrate=calibrate,
+        votes=votes,
+        temperature=temperature,
+        batch_tokens=batch_tokens,
+        resamples=resamples,
+        seen=seen,
+    )
+
+
+def shown(
+    model: Trained,
+    task: Task,
+    shots: Shots | Nearest | Callable,
+    train: Sequence[Example],
+    examples: Sequence[Example],
+    batch_tokens: int = 2048,
+) -> list[tuple[Example, ...]]:
+    """The training examples that stand before each example. Raises: ValueError, as `shots`."""
+    if isinstance(shots, Nearest):
+        return shots(model, train, [x.question for x in examples], batch_tokens=batch_tokens)
+    tokenizer, between = model.tokenizer, task.template.between
+    some = shots(train, lambda x: len(tokenizer.encode(x.question + x.answer + between)))
+    return [tuple(some)] * len(examples)
+
+
+def judge(
+    model: Trained,
+    task: Task,
+    examples: Sequence[Example],
+    shown: Sequence[tuple[Example, ...]],
+    report: Report | None = None,
+    *,
+    seed: int = 0,
+    chat: bool = False,
+    per: Literal["answer", "token", "byte"] = "answer",
+    calibrate: bool = False,
+    votes: int = 0,
+    temperature: float = 0.7,
+    batch_tokens: int = 2048,
+    resamples: int = 1000,
+    seen: Seen = lambda done, of: None,
+) -> TaskResult:
+    """`score` of these very examples, each after those of `shown`, by a model that is ready: `model.for_decoding()`.
+
+    Raises: as `score`.
+    """
+    report = Report() if report is None else report
     choices = isinstance(task.answer, Choices)
     if calibrate and not choices:
         raise ValueError(
@@ -122,34 +197,38 @@ def score(
         _check_head(model, task, chat, per)
     if per not in _LENGTHS:
         raise ValueError(f"score: per={per!r}; use 'answer', 'token' or 'byte'")
-    if limit is not None and limit < 1:
-        raise ValueError(f"score: limit={limit}; use 1 or more, or None for all")
-    report = Report()
-    examples = list(task.examples("test", report))
-    if limit is not None and limit < len(examples):
-        examples = [
-            examples[i] for i in np.sort(np.random.default_rng(seed).permutation(len(examples))[:limit])
-        ]
-    tokenizer = model.tokenizer
-    shown = ()
-    if shots != Shots():
-        train = list(task.examples("train", report))
-        overlap(train, examples, task.name)
-        shown = shots(train, lambda x: len(tokenizer.encode(x.question + x.answer + task.template.between)))
+    if votes and choices:
+        raise ValueError(
+            f"score: votes={votes} are counted of written answers, and the choices of {task.name} are weighed; leave "
+            "votes off"
+        )
+    if votes < 0 or (votes and temperature <= 0):
+        raise ValueError(
+            f"score: votes={votes}, temperature={temperature}; use 1 vote or more and a temperature above 0, since "
+            "greedy answers are all the same"
+        )
     begun = time.perf_counter()
-    model = model.for_decoding()
-    prompt = functools.partial(prompt_messages if chat else prompt_text, task, shots=shown)
-    ask = functools.partial(_weighed if choices else _written, model, task, batch_tokens)
     template = model.chat if chat else None
-    kept, encoded = _encoded(model, task, examples, prompt, template, report)
-    if calibrate:
-        encoded += [_choices(model, task, prompt(task.empty(x)), template) for x in EMPTY]
-    answers, costs = ask(encoded)
+
+    def prompt(question, some):
+        return (prompt_messages if chat else prompt_text)(task, question, some)
+
+    kept, encoded = _encoded(model, task, examples, shown, prompt, template, report)
     if choices:
-        weights = np.array(answers) / _LENGTHS[per](task, encoded)
-        outcomes = _chosen(task, kept, weights[: len(kept)], weights[len(kept) :])
+        contexts = list(dict.fromkeys(some for _, some in kept)) if calibrate else []
+        blank = [
+            _choices(model, task, prompt(task.empty(x), some), template) for some in contexts for x in EMPTY
+        ]
+        sums, costs = _weighed(model, batch_tokens, encoded + blank, seen)
+        weights = np.array(sums) / _LENGTHS[per](task, encoded + blank)
+        if calibrate:
+            before = _softmax(weights[len(kept) :]).reshape(len(contexts), len(EMPTY), -1).mean(1)
+            number = {some: i for i, some in enumerate(contexts)}
+            weights = weights[: len(kept)] - np.log(before)[[number[some] for _, some in kept]]
+        outcomes = _chosen(task, [x for x, _ in kept], weights)
     else:
-        outcomes = [Outcome(x.where, x.references, answer) for x, answer in zip(kept, answers)]
+        answers, costs = _written(model, task, batch_tokens, encoded, votes, temperature, seed, seen)
+        outcomes = [Outcome(x.where, x.references, *answer) for (x, _), answer in zip(kept, answers)]
     seconds = time.perf_counter() - begun
     report.warn(task.name)
     signed = {type(m).__name__: s for m in task.metrics if (s := m.signature(outcomes))}
@@ -170,104 +249,19 @@ def _check_head(model, task: Task, chat: bool, per: str) -> None:
         )
 
 
-class Likelihoods(NamedTuple):
-    """nats: log p of each token of each answer, float32. likeliest: whether it has no better one. shared: how many
-    first tokens all have and were read once."""
-
-    nats: list[np.ndarray]
-    likeliest: list[np.ndarray]
-    shared: int
+def saved(tokens: int, seconds: float) -> str:
+    """What shared beginnings saved, in words."""
+    return f"what prompts begin with was read once: {tokens:,} tokens, about {seconds:.1f} s, not read again"
 
 
-def log_likelihoods(
-    model, params: Any, tokenizer, asked: Sequence[Encoded], *, batch_tokens: int = 2048
-) -> Likelihoods:
-    """What the model makes of the tokens ids[start:] of every one, given those before it.
+class _Costs(NamedTuple):
+    """As `TaskResult` has them."""
 
-    Answers that begin with the same tokens share a row: those of one token after one prompt cost one row together.
-    Raises: ValueError for an answer that nothing comes before, or that the model's mask shows to the prompt.
-    """
-    for x in asked:
-        if x.start < 1:
-            raise ValueError(
-                "log_likelihoods: nothing comes before the answer, and the tokenizer has no bos; give a prompt"
-            )
-        if not keeps(model.config.attention.mask, x.start):
-            raise ValueError(
-                f"log_likelihoods: {model.config.attention.mask} lets tokens before the answer see it; use a causal one"
-            )
-    rows, row_of = _rows([tuple(x.ids[:-1]) for x in asked])
-    pairs = [[] for _ in rows]  # (position in the row, label, answer, place in it)
-    for i, (x, row) in enumerate(zip(asked, row_of)):
-        pairs[row] += [(at - 1, x.ids[at], i, at - x.start) for at in range(x.start, len(x.ids))]
-    heads = [list(row[: min(at for at, *_ in found) + 1]) for row, found in zip(rows, pairs)]
-    of_words = {name: x for name, x in params.items() if name != "classes"}
-    known = Decoder(model, of_words, tokenizer, Sampling(temperature=0.0, max_tokens=1)).shared(heads)
-    nats = [np.zeros(len(x.ids) - x.start, np.float32) for x in asked]
-    likeliest = [np.zeros(len(x), bool) for x in nats]
-    width = 1 << (max(map(len, pairs)) - 1).bit_length()
-    limit = model.config.position.max_len()
-    for batch in _batches([len(row) - known.n for row in rows], known.n, batch_tokens, limit):
-        tokens, lengths = padded([rows[i][known.n :] for i in batch.rows], batch.size)
-        at, labels = np.zeros((2, len(batch.rows), width), np.int32)
-        for b, i in enumerate(batch.rows):
-            at[b, : len(pairs[i])] = [p[0] - known.n for p in pairs[i]]
-            labels[b, : len(pairs[i])] = [p[1] for p in pairs[i]]
-        slots = bucket(known.n + batch.size, limit)
-        found = _program(model)(params, known.cache, tokens, lengths, at, labels, slots=slots)
-        values, tops = map(np.asarray, found)
-        for b, i in enumerate(batch.rows[: batch.real]):
-            for value, top, (_, _, answer, place) in zip(values[b], tops[b], pairs[i]):
-                nats[answer][place], likeliest[answer][place] = value, top
-    return Likelihoods(nats, likeliest, known.n)
-
-
-class _Batch(NamedTuple):
-    rows: list[int]  # the last ones repeat the first, so that batches of a size have one shape
-    real: int
-    size: int
-
-
-def _batches(lengths: Sequence[int], before: int, batch_tokens: int, limit: int | None):
-    """Rows of so many tokens after `before` others, those of like length together."""
-    room = None if limit is None else limit - before
-    by_size: dict[int, list[int]] = {}
-    for i in np.argsort(lengths, kind="stable"):
-        by_size.setdefault(bucket(lengths[i], room, parts=2), []).append(int(i))
-    for size, rows in by_size.items():
-        most = max(1, min(batch_tokens // size, KEPT * batch_tokens // (before + size)))
-        n = min(most, 1 << (len(rows) - 1).bit_length())
-        for start in range(0, len(rows), n):
-            real = rows[start : start + n]
-            yield _Batch(real + real[:1] * (n - len(real)), len(real), size)
-
-
-def _rows(contexts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """(those contexts that are not the beginning of another, the number of the one that each is or begins)."""
-    rows, row_of = [], [0] * len(contexts)
-    for i in sorted(range(len(contexts)), key=contexts.__getitem__, reverse=True):
-        if not rows or rows[-1][: len(contexts[i])] != contexts[i]:
-            rows.append(contexts[i])
-        row_of[i] = len(rows) - 1
-    return rows, row_of
-
-
-@functools.lru_cache(maxsize=16)
-def _program(model):
-    @functools.partial(jax.jit, static_argnames="slots")
-    def log_p(params, cache, tokens, lengths, at, labels, *, slots):
-        R, t = tokens.shape
-        if cache is None:
-            cache = model.new_cache(R, slots, params)
-        else:
-            cache = cache.take(jnp.zeros(R, jnp.int32)).resize(slots)
-        valid = jnp.arange(t, dtype=jnp.int32)[None] < lengths[:, None]
-        out, _ = model.step(params, cache, tokens, valid)
-        logits = replace(out, hidden=out.hidden[jnp.arange(R)[:, None], at]).logits  # [R, answers, V]
-        said = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
-        return said - jax.nn.logsumexp(logits, -1), said >= logits.max(-1)
-
-    return log_p
+    prompt_tokens: int
+    shared_tokens: int
+    saved_tokens: int
+    saved_seconds: float
+    drawn_tokens: int
 
 
 def _answers(task: Task) -> list[str]:
@@ -282,13 +276,13 @@ def _choices(model, task: Task, asked: Prompt, chat) -> list[Encoded]:
     return [Encoded([*ids, i], len(ids)) for i in range(len(task.answer.labels))]
 
 
-def _encoded(model, task: Task, examples, prompt, chat, report):
-    """(the examples that fit, for each its ids; with choices, the ids of all)."""
+def _encoded(model, task: Task, examples, shown, prompt, chat, report):
+    """((example, what is shown before it) of those that fit, for each its ids; with choices, the ids of all)."""
     limit = model.model.config.position.max_len()
-    kept: list[Example] = []
+    kept: list[tuple[Example, tuple[Example, ...]]] = []
     found = []
-    for example in examples:
-        asked: Prompt = prompt(example.question)
+    for example, some in zip(examples, shown, strict=True):
+        asked = prompt(example.question, some)
         if isinstance(task.answer, Choices):
             ids = _choices(model, task, asked, chat)
             n = max(len(x.ids) for x in ids)
@@ -302,7 +296,7 @@ def _encoded(model, task: Task, examples, prompt, chat, report):
             report.note(
                 "longer_than_context", f"{example.where}: {n:,} tokens, and it was made for {model.context:,}"
             )
-        kept.append(example)
+        kept.append((example, some))
         found.append(ids)
     if not kept:
         raise ValueError(
@@ -311,26 +305,63 @@ def _encoded(model, task: Task, examples, prompt, chat, report):
     return kept, found
 
 
-def _weighed(model, task, batch_tokens, encoded):
+def _weighed(model, batch_tokens, encoded, seen):
     """([examples, choices] log likelihoods, costs)."""
     flat = [x for group in encoded for x in group]
-    found = log_likelihoods(model.model, model.params, model.tokenizer, flat, batch_tokens=batch_tokens)
+    found = log_likelihoods(
+        model.model, model.params, model.tokenizer, flat, batch_tokens=batch_tokens, seen=seen
+    )
     ends = accumulate(map(len, encoded), initial=0)
     sums = [[float(x.sum(dtype=np.float64)) for x in found.nats[a:b]] for a, b in pairwise(ends)]
-    return sums, (sum(len(x.ids) for x in flat), found.shared, 0)
+    decoder = Decoder(model.model, model.params, model.tokenizer, ONE)
+    again = (found.rows - 1) * found.shared, (found.rows - 1) * _seconds(decoder, flat[0].ids[: found.shared])
+    return sums, _Costs(sum(len(x.ids) for x in flat), found.shared, *again, 0)
 
 
-def _written(model, task, batch_tokens, prompts):
-    """(texts, costs); of numbers those that could be read."""
-    answer = task.answer
-    sampling = Sampling(temperature=0.0, max_tokens=answer.max_tokens, stop=answer.stop)
+def _written(model, task, batch_tokens, prompts, votes, temperature, seed, seen):
+    """((text, or number if it could be read; shares of votes) of each prompt, costs)."""
+    answer, n = task.answer, max(1, votes)
+    rule = {"max_tokens": answer.max_tokens, "stop": answer.stop, "seed": seed}
+    sampling = Sampling(temperature=temperature if votes else 0.0, **rule)
+    prompts = [ids for ids in prompts for _ in range(n)]
     n_rows = max(1, KEPT * batch_tokens // (max(map(len, prompts)) + answer.max_tokens))
-    done = generate(model.model, model.params, model.tokenizer, prompts, sampling, batch_size=n_rows)
-    texts = [x.text.strip() for x in done]
+    parts = model.model, model.params, model.tokenizer
+    done = {}
+    for i, completion in completions(*parts, prompts, sampling, batch_size=n_rows):
+        done[i] = completion
+        seen(len(done), len(prompts))
+    texts = [done[i].text.strip() for i in range(len(prompts))]
     texts = [answer.read(text) for text in texts] if isinstance(answer, Number) else texts
-    decoder = Decoder(model.model, model.params, model.tokenizer, sampling)
+    decoder = Decoder(*parts, sampling)
     shared = decoder.shared_length(prompts)
-    return texts, (sum(map(len, prompts)), shared, sum(len(x.tokens) for x in done))
+    again = (len(prompts) - 1) * shared, (len(prompts) - 1) * _seconds(decoder, prompts[0][:shared])
+    costs = _Costs(sum(map(len, prompts)), shared, *again, sum(len(x.tokens) for x in done.values()))
+    if not votes:
+        return [(text, {}) for text in texts], costs
+    key = float if isinstance(answer, Number) else plain
+    return [_most(texts[i : i + n], key) for i in range(0, len(texts), n)], costs
+
+
+def _most(texts: Sequence[str | None], key: Callable) -> tuple[str | None, dict[str, float]]:
+    """(the first text of those that most agree by `key`, the share of all that each has); those that could not be read
+    or are empty have no vote, and one of them is the answer only where there is no other."""
+    counts: dict = {}
+    firsts = {}
+    for text in filter(None, texts):
+        counts[key(text)] = counts.get(key(text), 0) + 1
+        firsts.setdefault(key(text), text)
+    if not counts:
+        return texts[0], {}
+    return firsts[max(counts, key=counts.get)], {firsts[k]: n / len(texts) for k, n in counts.items()}
+
+
+def _seconds(decoder: Decoder, ids: Sequence[int]) -> float:
+    """What reading the ids takes, with programs that have read them before."""
+    if not ids:
+        return 0.0
+    begun = time.perf_counter()
+    jax.block_until_ready(decoder.begin([ids], [0], Known()).cache)
+    return time.perf_counter() - begun
 
 
 _LENGTHS = {
@@ -340,10 +371,8 @@ _LENGTHS = {
 }
 
 
-def _chosen(task: Task, examples, weights: np.ndarray, blank: np.ndarray) -> list[Outcome]:
-    """weights, blank: [examples, choices] log weights; those of questions without content are taken off."""
-    if len(blank):
-        weights = weights - np.log(_softmax(blank).mean(0))[None]
+def _chosen(task: Task, examples: Sequence[Example], weights: np.ndarray) -> list[Outcome]:
+    """weights: [examples, choices] log weights."""
     labels = tuple(task.answer.labels)
     return [
         Outcome(x.where, x.references, labels[int(p.argmax())], dict(zip(labels, map(float, p))))

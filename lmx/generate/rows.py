@@ -57,10 +57,7 @@ class Decoder:
     """A model's programs under one `Sampling`: `begin`, `join` and `advance` above, called with host values."""
 
     def __init__(self, model, params, tokenizer, sampling: Sampling):
-        if "classes" in params:
-            raise ValueError(
-                "these parameters have a head of classes, which writes no text; see lmx.evals.score"
-            )
+        params = {name: x for name, x in params.items() if name != "classes"}  # text needs the head of words
         self.limit = model.config.position.max_len()
         self._params, self._sampling, self._config = params, sampling, model.config
         self._programs = _programs(model)

@@ -163,6 +163,40 @@ def lines_with_points(
     return _finish(figure, axes, len(series))
 
 
+def spread(
+    series: dict[str, dict[int, tuple[float | Interval, Sequence[float]]]],
+    *,
+    x_label: str = "",
+    y_label: str = "",
+    size: tuple[float, float] = (7.0, 3.6),
+) -> str:
+    """name -> {x: (mean, the values it is of)}: a small dot for each value, a line through the means, and a whisker
+    where a mean is an Interval. All x stand equally far apart, in order.
+
+    Raises: ValueError if no mean is finite.
+    """
+    means = {
+        name: [(x, y.value if isinstance(y, Interval) else y) for x, (y, _) in sorted(found.items())]
+        for name, found in series.items()
+    }
+    _need_points(series, means.values())
+    figure, axes = _canvas(size, x_label, y_label, False, False)
+    ticks = sorted({x for found in series.values() for x in found})
+    for i, (name, points) in enumerate(means.items()):
+        beside = 0.16 * (i - (len(means) - 1) / 2)
+        at = {x: ticks.index(x) + beside for x, _ in points}
+        axes.plot(
+            [at[x] for x, _ in points], [y for _, y in points], marker="os^Dv<>P"[i % 8], markersize=5,
+            color=_color(i), linestyle=_dash(i), linewidth=1.2, label=_label(name),
+        )  # fmt: skip
+        for x, (mean, values) in series[name].items():
+            axes.plot([at[x] + 0.05] * len(values), values, "o", color=_color(i), markersize=2.5, alpha=0.5)
+            if isinstance(mean, Interval) and math.isfinite(mean.low):
+                axes.plot([at[x]] * 2, [mean.low, mean.high], color=_color(i), linewidth=1)
+    axes.set_xticks(range(len(ticks)), [f"{x:,}" for x in ticks])
+    return _finish(figure, axes, len(series))
+
+
 def frontier(
     families: dict[str, dict[str, tuple[float, float]]],
     *,

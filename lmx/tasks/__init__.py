@@ -33,11 +33,13 @@ from .metrics import (
     Metric,
     Outcome,
     Rouge,
+    average,
     difference,
     measure,
 )
 from .prompt import Shots, alternatives, prompt_messages, prompt_text
-from .task import Choices, Example, Free, Number, Task, Template, overlap
+from .task import Choices, Example, Free, Number, Task, Template, drawn, key_of, overlap
+from .tokens import named_tokens, prompt_parts, shown_piece
 
 __all__ = [
     "F1",
@@ -63,14 +65,20 @@ __all__ = [
     "Task",
     "Template",
     "alternatives",
+    "average",
     "difference",
+    "drawn",
     "encoded",
     "fruit",
     "ids_of",
+    "key_of",
     "measure",
+    "named_tokens",
     "overlap",
     "prompt_messages",
+    "prompt_parts",
     "prompt_text",
+    "shown_piece",
     "sst2",
     "summarization",
     "translation",

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from lmx.data.sources import Document, Source
 from lmx.data.tally import Report
 
 from .prompt import prompt_messages, prompt_text
-from .task import Choices, Task
+from .task import Choices, Task, drawn
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,3 @@ class Answers(Source):
             if self.head:
                 answer = list(self.task.answer.labels).index(example.references[0])
             yield document | {"text": prompt_text(self.task, example.question), "answer": answer}
-
-
-def drawn(examples: list, limit: int | None, seed: int) -> list:
-    """`limit` of them, drawn by the seed, in their order; all if there are not more."""
-    if limit is None or limit >= len(examples):
-        return examples
-    order = np.random.default_rng(seed).permutation(len(examples))[:limit]
-    return [examples[i] for i in np.sort(order)]

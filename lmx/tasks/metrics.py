@@ -26,7 +26,8 @@ from lmx.text.scripts import words
 @dataclass(frozen=True)
 class Outcome:
     """What came of one example. where: its place. references: what is right. prediction: a label, text or number, None
-    if none could be read. probabilities: of each label, where the answer is a choice."""
+    if none could be read. probabilities: of each label, where the answer is a choice; where answers were voted on, the
+    share of votes of each."""
 
     where: str
     references: tuple[str, ...]
@@ -59,7 +60,19 @@ def measure(
     """Every value of the metrics with its 95 % interval over examples. Raises: ValueError without outcomes."""
     if not outcomes:
         raise ValueError("measure: there are no outcomes")
-    return _intervals(metrics, (outcomes,), resamples, seed)
+    return _intervals(metrics, (outcomes,), lambda values: values[0], resamples, seed)
+
+
+def average(
+    metrics: Sequence[Metric], systems: Sequence[Outcomes], resamples: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """The mean over systems of every value, with its 95 % interval over the examples: each resample draws the same
+    for all.
+
+    Raises: ValueError if they are not outcomes of the same examples in the same order.
+    """
+    _check_same("average", systems)
+    return _intervals(metrics, systems, lambda values: float(np.mean(values)), resamples, seed)
 
 
 def difference(
@@ -69,27 +82,31 @@ def difference(
 
     Raises: ValueError if they are not outcomes of the same examples in the same order.
     """
-    if [(x.where, x.references) for x in a] != [(x.where, x.references) for x in b] or not a:
-        raise ValueError(
-            f"difference: {len(a)} outcomes and {len(b)} are not of the same examples in the same order; judge both "
-            "systems on the same task with the same limit and seed"
-        )
-    return _intervals(metrics, (a, b), resamples, seed)
+    _check_same("difference", (a, b))
+    return _intervals(metrics, (a, b), lambda values: values[0] - values[1], resamples, seed)
 
 
-def _intervals(metrics, systems, resamples, seed):
+def _check_same(where: str, systems: Sequence[Outcomes]) -> None:
+    first = [(x.where, x.references) for x in systems[0]]
+    for other in systems:
+        if [(x.where, x.references) for x in other] != first or not first:
+            raise ValueError(
+                f"{where}: {len(first)} outcomes and {len(other)} are not of the same examples in the same order; "
+                "judge all systems on the same task with the same limit and seed"
+            )
+
+
+def _intervals(metrics, systems, combined, resamples, seed):
+    """combined: the values of all systems -> one."""
     found = {}
     n = len(systems[0])
     for metric in metrics:
         rows = np.concatenate([metric.rows(outcomes) for outcomes in systems], 1)
         all_sums = np.concatenate([rows.sum(0)[None], resampled_sums(rows, resamples, seed)])
-        k = rows.shape[1] // len(systems)
-        values = [metric.values(sums[:k]) for sums in all_sums]
-        if len(systems) == 2:
-            others = (metric.values(sums[k:]) for sums in all_sums)
-            values = [{name: x[name] - y[name] for name in x} for x, y in zip(values, others)]
-        for name, value in values[0].items():
-            found[name] = drawn_interval(value, np.array([v[name] for v in values[1:]]), n)
+        each = [[metric.values(part) for part in np.split(sums, len(systems))] for sums in all_sums]
+        for name in each[0][0]:
+            values = [combined([v[name] for v in several]) for several in each]
+            found[name] = drawn_interval(values[0], np.array(values[1:]), n)
     return found
 
 
@@ -155,9 +172,7 @@ class ExactMatch(Metric):
     """The share of texts that equal a reference, but for spaces and Unicode form (NFC)."""
 
     def rows(self, outcomes):
-        return np.array(
-            [[_plain(x.prediction) in map(_plain, x.references), 1] for x in outcomes], np.float64
-        )
+        return np.array([[plain(x.prediction) in map(plain, x.references), 1] for x in outcomes], np.float64)
 
     def values(self, sums):
         return {"exact_match": _over(sums[0], sums[1])}
@@ -286,7 +301,8 @@ def _streams(outcomes: Outcomes) -> list[list[str | None]]:
     return [[x.references[i] if i < len(x.references) else None for x in outcomes] for i in range(most)]
 
 
-def _plain(text: str | None) -> str | None:
+def plain(text: str | None) -> str | None:
+    """A text by which answers are compared: spaces made one, in Unicode form NFC."""
     return None if text is None else unicodedata.normalize("NFC", " ".join(text.split()))
 
 

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import regex
 
 from lmx.data.records import Records, Value
@@ -254,14 +255,23 @@ class Task:
         return self.template.question_of(dict.fromkeys(self.template.fields, word))
 
 
+def drawn(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
+    """At most `limit` of the examples, drawn by the seed, in their order. Raises: ValueError for a limit below 1."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}; use 1 or more, or None for all")
+    if limit is None or limit >= len(examples):
+        return examples
+    return [examples[i] for i in np.sort(np.random.default_rng(seed).permutation(len(examples))[:limit])]
+
+
 def overlap(train: Iterable[Example], test: Iterable[Example], of: str = "the task") -> tuple[str, ...]:
     """Places of the test examples whose question stands in the training examples too, but for case, punctuation,
     spaces and Unicode form. Warns with their number, since a score on them tells of memory.
 
     Only hashes of the training questions are held.
     """
-    known = {_key(example.question) for example in train}
-    tested = [(example.where, _key(example.question) in known) for example in test]
+    known = {key_of(example.question) for example in train}
+    tested = [(example.where, key_of(example.question) in known) for example in test]
     found = tuple(where for where, seen in tested if seen)
     if found:
         warnings.warn(
@@ -306,6 +316,7 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
     return _PART.sub(lambda part: part[0][0] if part[1] is None else values[part[1]], template)
 
 
-def _key(text: str) -> bytes:
+def key_of(text: str) -> bytes:
+    """The same for texts that differ in case, punctuation, spaces and Unicode form alone."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return hashlib.blake2b((" ".join(words(text)) or text).encode(), digest_size=12).digest()

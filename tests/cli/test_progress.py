@@ -2,7 +2,7 @@
 
 import io
 
-from lmx.cli.progress import Progress
+from lmx.cli.progress import Progress, Steps
 
 DOCUMENTS = [{"text": "क" * 1000}] * 3  # 3000 bytes of UTF-8 each
 
@@ -38,3 +38,13 @@ def test_a_terminal_keeps_one_line_which_is_removed():
     written = terminal.getvalue()
     assert written.startswith("\rtrain: 5.0 MB, ") and "\n" not in written
     assert written.endswith("\r") and not written.split("\r")[-2].strip()
+
+
+def test_short_steps_are_silent_and_long_ones_tell_what_is_left(capsys):
+    with Steps("prompts") as steps:
+        steps(1, 4)
+        assert capsys.readouterr().err == ""
+        steps._began, steps._next = steps._began - 30, steps._began
+        steps(2, 4)
+        steps(3, 4)  # too soon for another line
+    assert capsys.readouterr().err == "prompts: 2 of 4, about 30 s left\n"

@@ -11,7 +11,8 @@ import pytest
 
 from lmx.data import Bpe, Byte, ChatTemplate, Report
 from lmx.evals import log_likelihoods, score
-from lmx.evals.tasks import EMPTY, _rows
+from lmx.evals.likelihood import _rows
+from lmx.evals.tasks import EMPTY
 from lmx.models import build
 from lmx.models.presets import llama
 from lmx.nn import MlpConfig

@@ -26,6 +26,7 @@ def each_kind() -> dict[str, str]:
             {"क्षत्रिय": Interval(1.0, 0.5, 1.5), "<b>&$x$": 2.0}, x_label="loss"
         ),
         "lines": plots.lines_with_points({"bpe": [(512, 2.0), (1024, Interval(1.5, 1.4, 1.7))]}, log_x=True),
+        "spread": plots.spread({"समीक्षा": {0: (0.5, [0.5]), 1024: (Interval(0.7, 0.6, 0.8), [0.6, 0.8])}}),
         "frontier": plots.frontier({"आठ": {"int8": (8.0, 1e-3)}, "4": {"चार": (4.0, 0.2)}}, log_y=True),
     }
 
@@ -38,6 +39,7 @@ def test_labels_stay_words_so_devanagari_and_markup_are_drawn_by_the_reader():
     assert {"rope", "alibi"} <= set(words(made["seed_curves"]))
     assert {"क्षत्रिय", "<b>&$x$"} <= set(words(made["bars"]))
     assert {"512", "1,024"} <= set(words(made["lines"]))
+    assert {"0", "1,024"} <= set(words(made["spread"]))
     assert {"आठ", "int8", "चार"} <= set(words(made["frontier"]))
 
 

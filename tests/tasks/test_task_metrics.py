@@ -14,6 +14,7 @@ from lmx.tasks import (
     Lengths,
     Outcome,
     Rouge,
+    average,
     difference,
     measure,
 )
@@ -183,3 +184,15 @@ def test_one_example_has_no_interval_and_none_is_an_error():
     assert np.isnan(measure((Accuracy(),), [Outcome("1", ("a",), "a")])["accuracy"].low)
     with pytest.raises(ValueError, match="no outcomes"):
         measure((Accuracy(),), [])
+
+
+def test_a_mean_over_systems_has_the_interval_of_its_examples():
+    rng = np.random.default_rng(4)
+    right = rng.random((3, 50)) < 0.6  # [systems, examples]
+    systems = [[Outcome(f"{i}", ("हाँ",), "हाँ" if x else "ना") for i, x in enumerate(row)] for row in right]
+    found = average((Accuracy(),), systems, resamples=300, seed=7)["accuracy"]
+    draws = np.random.default_rng(7).integers(0, 50, (300, 50))
+    low, high = np.quantile(right.mean(0)[draws].mean(1), [0.025, 0.975])
+    assert (found.value, found.low, found.high) == pytest.approx((right.mean(), low, high))
+    with pytest.raises(ValueError, match="average: 50 outcomes and 49 are not of the same"):
+        average((Accuracy(),), [systems[0], systems[1][1:]])
