@@ -30,8 +30,13 @@ MANY_FILES = 64
 
 
 def texts_of(document: Document) -> list[str]:
-    """The text of a document, or that of each message of a conversation."""
-    return [m["content"] for m in document["messages"]] if "messages" in document else [document["text"]]
+    """The text of a document, or that of each message of a conversation, of the one rejected for it too."""
+    return [m["content"] for m in messages_in(document)] if "messages" in document else [document["text"]]
+
+
+def messages_in(document: Document) -> list[dict[str, str]]:
+    """The messages of a conversation, then those of the one rejected for it, if it is a pair (see `Preferences`)."""
+    return [*document["messages"], *document.get("rejected", ())]
 
 
 class NoDocument(ValueError):
