@@ -30,7 +30,8 @@ from lmx.losses.next_token import log_p
 
 @dataclass(frozen=True)
 class Margin(Loss):
-    """By how much the reward of the chosen reply is above that of the rejected one, in nats times beta.
+    """By how much the reward of the chosen reply is above that of the rejected one, in nats times beta. Replies in the
+    common beginning of both cancel.
 
     beta: strength of the pull towards the reference, dimensionless.
     """
@@ -77,7 +78,7 @@ class Dpo(Margin):
 
     smoothing: s, the share of pairs whose labels are thought to be swapped, in [0, 0.5).
     Source: Rafailov et al. 2023, arXiv:2305.18290, equation 7; for s, Mitchell 2023, A note on DPO with noisy
-      preferences (conservative DPO), equation 3.
+      preferences & relationship to IPO (conservative DPO).
     """
 
     smoothing: float = 0.0

@@ -185,7 +185,9 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
         raise OSError(f"stopped at step {step}, but {checkpoints.problem}")
     early = ""
     if _spent(plan, waited) and step < plan.steps:
-        early = f"{waited} evaluations without a lower valid/loss than {lowest:.4f} of step {checkpoints.best_step()}"
+        best = checkpoints.best_step()
+        than = "that is finite" if best is None else f"lower than {lowest:.4f} of step {best}"
+        early = f"{waited} evaluations without a valid/loss {than}"
     if first:
         facts = {"step": step} | ({"early": early} if early else {})
         artifact.record(out / "run.txt", "run", made_from=prepared.made_from, facts=facts)

@@ -127,8 +127,9 @@ def test_patience_is_told_in_the_terminal_and_in_the_report(trained, lmx):
         printed = lmx("train", "prefer.py", "--out", "patient", "--set", "optim.lr=0.0", "--set", "steps=90")
     lines = [json.loads(line) for line in (folder / "patient" / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) == 18, "the first evaluation is the lowest: none is lower"
-    told = "18 steps of 90, stopped early: 2 evaluations without a lower valid/loss than 0.6931 of step 6; loss 0.6931"
+    told = "18 steps of 90, stopped early: 2 evaluations without a valid/loss lower than 0.6931 of step 6; loss 0.6931"
     assert told in printed
+    assert "Stopped early: 2 evaluations without" in (folder / "patient" / "report.html").read_text()
     with pytest.warns(UserWarning, match="equal replies"):
         again = lmx("train", "prefer.py", "--out", "patient", "--set", "optim.lr=0.0", "--set", "steps=90")
     assert "patient is complete at step 18; nothing to do" in again

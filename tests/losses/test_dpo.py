@@ -30,7 +30,7 @@ def batch(seed=0):
 
 
 def margins(out, batch, beta):
-    """Equation 6 of the paper, its reward, written for each pair alone: log p of two whole replies."""
+    """Of the paper's equation 5, without what the prompt alone decides, for each pair: log p of two whole replies."""
     logits = np.asarray(out.hidden, np.float64) @ np.asarray(out.head, np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     found = []

@@ -49,7 +49,7 @@ def test_a_run_that_overfits_stops_after_its_patience_and_keeps_the_best(session
     lowest = min(losses, key=losses.get)
     assert lowest > 0 and result.step == lowest + 3 * 3 == max(losses) < RUN.steps
     assert best_step(out / "checkpoints") == lowest and max(steps(out / "checkpoints")) == result.step
-    told = f"3 evaluations without a lower valid/loss than {losses[lowest]:.4f} of step {lowest}"
+    told = f"3 evaluations without a valid/loss lower than {losses[lowest]:.4f} of step {lowest}"
     assert result.early == told and not result.interrupted
     assert artifact.read(out / "run.txt").facts == {"step": result.step, "early": told}
     assert standard.finished(session, out)
