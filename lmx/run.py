@@ -17,7 +17,7 @@ import numpy as np
 import lmx.tasks  # noqa: F401  a saved run may name its Answers
 from lmx import tree, values
 from lmx.adapt import Surgery  # with all the surgeries that a saved run may name
-from lmx.data import ChatTemplate, Data, Tokenizer
+from lmx.data import ChatTemplate, Data, Preferences, Tokenizer
 from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
 from lmx.models import Model, TransformerConfig, build, prefixed, pretrained, unstacked
@@ -37,8 +37,9 @@ class Run:
     objective: named loss terms. start: surgeries on the fresh parameters. trainable: pattern of the paths that learn.
     enrich: what the step adds to each batch. steps: updates; n_micro: parts a batch is cut into to save memory.
     eval_every, save_every: in steps; eval_batches: None means all validation rows. eval_lengths: rows of these lengths
-    are judged too. keep: latest checkpoints kept, beside the best. max_skips: updates in a row that may be left out as
-    not finite before the run stops.
+    are judged too. patience: the run stops early after this many evaluations in a row without a new lowest valid/loss
+    (see `Session.evaluate`); None never stops it. keep: latest checkpoints kept, beside the best. max_skips: updates in
+    a row that may be left out as not finite before the run stops.
     """
 
     model: TransformerConfig = TransformerConfig()
@@ -55,6 +56,7 @@ class Run:
     eval_every: int = 250
     eval_batches: int | None = None
     eval_lengths: tuple[int, ...] = ()
+    patience: int | None = None
     save_every: int = 500
     keep: int = 3
     max_skips: int = 10
@@ -69,10 +71,25 @@ class Run:
             raise ValueError(f"Run: seed={self.seed} is outside 0 to 2**32 - 1")
         if self.eval_batches is not None and self.eval_batches < 1:
             raise ValueError(f"Run: eval_batches={self.eval_batches} must be at least 1, or None for all")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"Run: patience={self.patience} must be at least 1, or None to never stop early")
+        if self.patience is not None and not (self.data.valid or self.data.valid_share):
+            raise ValueError(
+                f"Run: patience={self.patience} waits for a lower held-out loss, and nothing is held out; set "
+                "data.valid or data.valid_share, or patience=None"
+            )
         if any(length < 1 for length in self.eval_lengths):
             raise ValueError(f"Run: eval_lengths={self.eval_lengths} must be at least 1 each")
         if not self.objective:
             raise ValueError("Run: objective has no term; use {'ce': Term(NextToken())}")
+        pairs = [name for name, term in self.objective.items() if term.loss.of_pairs]
+        for part in ("train", "valid"):
+            sources = getattr(self.data, part)
+            if pairs and sources and not any(isinstance(one, Preferences) for one in sources):
+                raise ValueError(
+                    f"Run: objective term {pairs[0]!r} is of pairs of replies, and data.{part} has none; add a "
+                    "Preferences(path) to it"
+                )
         for name in self.objective:
             if name in NAMES or name.startswith("valid/"):
                 raise ValueError(

@@ -358,7 +358,7 @@ def test_no_row_is_counted_twice_where_few_are_held_out(tmp_path):
 class Breaks(train.Enrich):
     """Batches whose loss is not a number."""
 
-    def __call__(self, constants, batch):
+    def __call__(self, constants, batch, answer):
         return batch | {"loss_mask": batch["loss_mask"] * jnp.float32(jnp.nan)}
 
 

@@ -76,6 +76,7 @@ def train(experiment, run, out: Path, *, tensorboard=False, wandb=None, distribu
         jax.distributed.initialize()
     from lmx import train as training
     from lmx.cli.progress import Progress
+    from lmx.train.checkpoint import FOLDER, steps
     from lmx.train.standard import finished
     from lmx.train.standard import run as run_standard
 
@@ -84,7 +85,8 @@ def train(experiment, run, out: Path, *, tensorboard=False, wandb=None, distribu
         session = training.session(run, progress=progress if first else None)
     if finished(session, out):
         if first:
-            print(f"{out} is complete at step {run.steps}; nothing to do. To train anew, give another --out")
+            step = max(steps(out / FOLDER))
+            print(f"{out} is complete at step {step}; nothing to do. To train anew, give another --out")
         return
     sinks = _sinks(run, out, tensorboard, wandb) if first else []
     result = run_standard(session, out, sinks=sinks, source=experiment.path, base=experiment.runs["base"])
@@ -99,7 +101,8 @@ def train(experiment, run, out: Path, *, tensorboard=False, wandb=None, distribu
         valid = result.metrics.get("valid/loss")
         held_out = f", held out {valid:.4f}" if valid is not None else ""
         named = f"; report {page}" if page else ""
-        print(f"{out}: {result.step} steps, loss {result.metrics['loss']:.4f}{held_out}{named}")
+        early = f" of {run.steps}, stopped early: {result.early};" if result.early else ","
+        print(f"{out}: {result.step} steps{early} loss {result.metrics['loss']:.4f}{held_out}{named}")
 
 
 def _sinks(run, out: Path, tensorboard: bool, wandb: str | None) -> list:

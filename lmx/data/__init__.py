@@ -2,7 +2,7 @@
 n)."""
 
 from .batches import Batches, ahead, iterate
-from .chat import Chat
+from .chat import Chat, Preferences
 from .chat_template import ChatTemplate
 from .prepare import Data, Prepared, prepare
 from .records import Records
@@ -28,6 +28,7 @@ __all__ = [
     "Grapheme",
     "Jsonl",
     "Parquet",
+    "Preferences",
     "Prepared",
     "Records",
     "Report",

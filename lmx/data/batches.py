@@ -128,7 +128,7 @@ class Batches:
           labels[t] follows tokens[t] in its document; positions restart at 0 in every segment, also where a
           piece continues a document cut in another row; segment_ids count 1, 2, ... within a row, 0 is
           padding; loss_mask is 1 on every position that has a label, of conversations one of a reply, and 0 on
-          padding.
+          padding. With a store of pairs also rejected_mask and pair_mask float32, see `Preferences`.
         Raises: ValueError if n is negative.
         """
         if n < 0:
@@ -314,12 +314,21 @@ def _gather(stores: Sequence[TokenStore], mine: list[np.ndarray], pieces: list[P
             out["labels"][m] = source_tokens[1:].take(at[m], mode="clip")
     out = {name: value.reshape(n, seq_len) for name, value in out.items()}
     at = at.reshape(n, seq_len)
+    if any(store.of_pairs for store in stores):
+        out |= {name: np.zeros((n, seq_len), np.float32) for name in ("rejected_mask", "pair_mask")}
     for m, store in zip(mine, stores):
         if store.mask is not None:
             out["loss_mask"][m] = store.mask[1:].take(at[m], mode="clip")
+        if store.of_pairs:
+            segments = out["segment_ids"][m]
+            rejected = segments % 2 == 0
+            out["rejected_mask"][m] = out["loss_mask"][m] * rejected
+            out["loss_mask"][m] *= ~rejected
+            following = np.pad(segments[:, 1:], ((0, 0), (0, 1)))
+            out["pair_mask"][m] = rejected & (segments > 0) & (segments != following)
     if padding.any():
         real = out["segment_ids"] > 0
-        for name in ("tokens", "labels", "positions"):
-            out[name] *= real
-        out["loss_mask"] *= real
+        for name, value in out.items():
+            if name != "segment_ids":
+                value *= real
     return out

@@ -1,9 +1,12 @@
-"""Conversations to learn replies from: a source of documents {"messages": [{"role", "content"}, ...], "id": str}."""
+"""Conversations to learn replies from: a source of documents {"messages": [{"role", "content"}, ...], "id": str}.
+
+Pairs of them to learn a preference from have "rejected" too: the messages of the one that is worse.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +18,8 @@ NAMES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 """Who speaks -> the role; the first two are ShareGPT's."""
 SHAPES = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
 """The fields by which the shape of a row is known."""
+PAIR = ("prompt", "chosen", "rejected")
+"""The fields of a pair, of which the first may be missing."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +48,75 @@ class Chat(_Files):
             raise ValueError(f"Chat: keep={self.keep!r}; use 'head' or 'tail'")
 
     def _read_file(self, path: Path, report: Report) -> Iterator[Document]:
-        rows = _parquet(path, report) if path.suffix == ".parquet" else json_objects(path, report)
+        rows = self._parquet(path, report) if path.suffix == ".parquet" else json_objects(path, report)
         for where, row in rows:
             try:
-                messages = messages_of(row)
+                document = self._document(row)
             except _Bad as bad:
                 report.skip(bad.reason, f"{where} {bad}")
                 continue
-            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant") + 1
-            if last < len(messages):
-                report.note("messages_after_the_last_reply", where, len(messages) - last)
-            yield {"messages": messages[:last], "id": where}
+            for name, messages in document.items():
+                last = max(i for i, message in enumerate(messages) if message["role"] == "assistant") + 1
+                if last < len(messages):
+                    report.note("messages_after_the_last_reply", where, len(messages) - last)
+                document[name] = messages[:last]
+            yield {**document, "id": where}
+
+    def _parquet(self, path: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(where, row) of a Parquet file, of those columns that make a shape."""
+        known = {name for shape in self._shapes() for name in shape}
+        with opened_parquet(path) as file:
+            names = file.schema_arrow.names
+            found = [name for name in names if name in known]
+            if not found or len(set(found)) < len(found):
+                raise ValueError(
+                    f"{path}: it has the columns {', '.join(map(repr, names))}, of which {type(self).__name__} reads "
+                    f"each of {', '.join(sorted(known))} once; rename them"
+                )
+            yield from parquet_rows(file, path, found, report)
+
+    def _document(self, row: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+        return {"messages": messages_of(row)}
+
+    def _shapes(self) -> tuple[tuple[str, ...], ...]:
+        return (*SHAPES, ("instruction", "input", "output"))
 
     def _hint(self) -> str:
         first = self.files()[0]
-        shapes = "; ".join(", ".join(map(repr, shape)) for shape in SHAPES)
+        shapes = "; ".join(", ".join(map(repr, shape)) for shape in self._shapes())
         return (
             first.suffix != ".parquet" and array_hint(first)
         ) or f"\nEach row is to have one of: {shapes}."
+
+
+@dataclass(frozen=True)
+class Preferences(Chat):
+    """Pairs of conversations with a common beginning, of which one is preferred: files as those of `Chat`.
+
+    A row is one of these:
+      {"prompt": "...", "chosen": "...", "rejected": "..."}        each a text or a list of messages
+      {"chosen": [messages], "rejected": [messages]}        whole conversations; a prompt beside them is in both
+
+    Counted and passed over: what `Chat` passes over, in either; two that are equal, or differ in more than what the
+    assistant says first and in what follows it; a prompt that is not in both; a pair that is longer than a row, of
+    which neither is cut.
+
+    A pair lies in one row, the chosen one before the rejected one, as two segments. Their batches have two more
+    entries, [B, T] float32: `rejected_mask` is 1 on labels of rejected replies, as `loss_mask` is on those of chosen
+    ones; `pair_mask` is 1 on the last token of each pair. So a term over `loss_mask` learns chosen replies alone.
+    """
+
+    keep: str = field(default="pair", init=False, repr=False)
+
+    def __post_init__(self):
+        pass
+
+    def _document(self, row):
+        chosen, rejected = pair_of(row)
+        return {"messages": chosen, "rejected": rejected}
+
+    def _shapes(self):
+        return PAIR, PAIR[1:]
 
 
 class _Bad(ValueError):
@@ -84,6 +140,35 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, str]]:
             messages = [("user", "\n\n".join(asked)), ("assistant", _text(row["output"], "output"))]
         case _:
             raise _Bad("field_missing", f"has {', '.join(map(repr, row)) or 'no field'}")
+    return _conversation(messages)
+
+
+def pair_of(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The messages of the chosen and of the rejected conversation of a row. Raises: ValueError saying what it lacks."""
+    if any(row.get(name) is None for name in PAIR[1:]):
+        raise _Bad("field_missing", f"has {', '.join(map(repr, row)) or 'no field'}")
+    prompt = _spoken(row, "prompt", "user") if row.get("prompt") is not None else []
+    chosen, rejected = (_answering(prompt, _spoken(row, name, "assistant"), name) for name in PAIR[1:])
+    pair = _conversation(chosen), _conversation(rejected)
+    if pair[0] == pair[1]:
+        raise _Bad("equal_replies", "has a chosen one that is the rejected one")
+    first = next((both for both in zip(*pair) if both[0] != both[1]), None)
+    if first is None or any(message["role"] != "assistant" for message in first):
+        raise _Bad("different_prompts", "has two that differ in more than replies")
+    return pair
+
+
+def _answering(prompt: list, said: list, name: str) -> list[tuple[str, str]]:
+    """What was said with the prompt before it, unless it begins with one itself."""
+    if not said or said[0][0] in ("assistant", "tool"):
+        return prompt + said
+    if any(message not in said for message in prompt):
+        raise _Bad("different_prompts", f"has a prompt that its {name} conversation lacks")
+    return said
+
+
+def _conversation(messages: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Raises: ValueError if there is nothing to learn from it."""
     for i, (role, text) in enumerate(messages):
         if not text.strip() and role in ("user", "assistant"):
             raise _Bad("empty_reply" if role == "assistant" else "empty_text", f"in message {i + 1}")
@@ -121,17 +206,3 @@ def _text(found: Any, where: str) -> str:
     if not isinstance(found, str):
         raise _Bad("not_text", f"holds {type(found).__name__} in {where}")
     return found
-
-
-def _parquet(path: Path, report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of a Parquet file, of those columns that make a shape."""
-    known = {name for shape in (*SHAPES, ("input",)) for name in shape}
-    with opened_parquet(path) as file:
-        names = file.schema_arrow.names
-        found = [name for name in names if name in known]
-        if not found or len(set(found)) < len(found):
-            raise ValueError(
-                f"{path}: it has the columns {', '.join(map(repr, names))}, of which Chat reads each of "
-                f"{', '.join(sorted(known))} once; rename them"
-            )
-        yield from parquet_rows(file, path, found, report)

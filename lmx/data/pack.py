@@ -10,7 +10,7 @@ best-fit
 decreasing: the longest first, each into the fullest row that still has room (Ding et al. 2024,
 arXiv:2404.10830, section 3). `Concat` cuts the concatenated documents every seq_len positions, as GPT-2 did,
 and so pads nothing. Conversations are never cut in two, since a reply would lose its prompt: of one longer than a row
-the head or the tail is a piece, see `windows`.
+the head or the tail is a piece, see `windows`. The two of a pair lie side by side.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class BestFit:
     Args:
       offsets: [n_documents + 1] where documents start in the store, ascending from 0.
       seq_len: positions in a row.
-      whole: the pieces, begin and length [P], where they are not to be cut from the documents.
+      whole: the pieces, begin and length [P], where they are not to be cut from the documents; or [P, 2] of pieces
+        that lie side by side in one row.
     """
 
     def __init__(self, offsets: np.ndarray, seq_len: int, whole: tuple[np.ndarray, np.ndarray] | None = None):
         begin, length = whole or _cut(np.asarray(offsets, np.int64), _checked(seq_len))
-        row, self.n_rows = _best_fit(length, seq_len)
+        begin, length = (x if x.ndim == 2 else x[:, None] for x in (begin, length))
+        row, self.n_rows = _best_fit(length.sum(1), seq_len)
         order = np.argsort(row, kind="stable")
         self._begin, self._length = begin[order], length[order]
         self._first = np.zeros(self.n_rows + 1, np.int64)
@@ -56,7 +58,8 @@ class BestFit:
         first = self._first[rows]
         counts = self._first[rows + 1] - first
         at = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
-        return Pieces(counts, self._begin[at], self._length[at].astype(np.int64))
+        begin, length = self._begin[at], self._length[at].astype(np.int64)
+        return Pieces(counts * begin.shape[1], begin.ravel(), length.ravel())
 
 
 class Concat:
@@ -114,8 +117,9 @@ def plan(packing: str, offsets: np.ndarray, seq_len: int) -> BestFit | Concat:
 
 
 class Windows(NamedTuple):
-    """Of each conversation that is used one piece, begin and length [P] as in `Pieces`. n_cut: how many of them are not
-    whole; n_unused: conversations of which no reply was left; n_counted: labels that are of replies."""
+    """Of each conversation that is used one piece, begin and length [P] as in `Pieces`, or [P, 2] of pairs. n_cut: how
+    many of them are not whole; n_unused: conversations of which no reply was left, or pairs too long; n_counted: labels
+    that are of replies."""
 
     begin: np.ndarray
     length: np.ndarray
@@ -125,15 +129,17 @@ class Windows(NamedTuple):
 
 
 def windows(offsets: np.ndarray, mask: np.ndarray, seq_len: int, keep: str) -> Windows:
-    """The first or last seq_len positions of each conversation.
+    """The first or last seq_len positions of each conversation, or pairs of them that are no longer together.
 
     A tail begins where the next label is not of a reply: one that began before is not learned without its prompt.
 
     Args:
       mask: [n_tokens] 1 on tokens of replies.
-      keep: "head" or "tail".
+      keep: "head", "tail", or "pair" of documents 2 i and 2 i + 1.
     """
     offsets = np.asarray(offsets, np.int64)
+    if keep == "pair":
+        return _pairs(offsets, mask, _checked(seq_len))
     begin = offsets[:-1].copy()
     length = np.maximum(np.diff(offsets) - 1, 0)
     long = np.flatnonzero(length > _checked(seq_len))
@@ -151,6 +157,15 @@ def windows(offsets: np.ndarray, mask: np.ndarray, seq_len: int, keep: str) -> W
     used = length > 0
     n_unused = int(np.count_nonzero(length[long] == 0))
     return Windows(begin[used], length[used].astype(np.int32), len(long) - n_unused, n_unused, n_counted)
+
+
+def _pairs(offsets, mask, seq_len):
+    begin, length = (x.reshape(-1, 2) for x in (offsets[:-1], np.diff(offsets) - 1))
+    used = length.sum(1) <= seq_len
+    counted = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+    of_each = counted[begin + 1 + length] - counted[begin + 1]
+    found = begin[used], length[used].astype(np.int32)
+    return Windows(*found, 0, int(np.count_nonzero(~used)), int(of_each[used].sum()))
 
 
 def _cut(offsets, seq_len):

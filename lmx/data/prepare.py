@@ -53,7 +53,7 @@ class Data:
     seq_len, batch_size, packing: see Batches.
 
     Conversations (see Chat) go through the template that comes with the tokenizer, or PLAIN where there is none, and
-    replies alone are trained on and validated.
+    replies alone are trained on and validated. Pairs of them (see Preferences) too.
     """
 
     train: tuple[Source | str, ...] = ()
@@ -290,6 +290,10 @@ def _template(tokenizer, beside, where, report) -> tuple[ChatTemplate, dict[str,
 
 def _count_cut(source: Source, store: TokenStore, seq_len: int, report: Report) -> None:
     found = windows(store.offsets, store.mask, seq_len, source.keep)
+    if source.keep == "pair":
+        if found.n_unused:
+            report.skip("pairs_too_long", f"{source.label}, more than {seq_len} tokens", found.n_unused)
+        return
     where = f"{source.label}, {source.keep} kept of more than {seq_len} tokens"
     if found.n_cut:
         report.note("conversations_cut", where, found.n_cut)

@@ -31,10 +31,16 @@ MANY_FILES = 64
 
 
 def texts_of(document: Document) -> list[str]:
-    """The text of a document, that of each message of a conversation, or those of a question and its answer."""
+    """The text of a document; that of each message of a conversation, of the one rejected for it too; or those of a
+    question and its answer."""
     if "messages" in document:
-        return [m["content"] for m in document["messages"]]
+        return [m["content"] for m in messages_in(document)]
     return [document["text"], *([x] if isinstance(x := document.get("answer"), str) else [])]
+
+
+def messages_in(document: Document) -> list[dict[str, str]]:
+    """The messages of a conversation, then those of the one rejected for it, if it is a pair (see `Preferences`)."""
+    return [*document["messages"], *document.get("rejected", ())]
 
 
 class NoDocument(ValueError):

@@ -2,8 +2,9 @@
 
 `tokens.bin` holds every document one after the other, each as [bos] ids [eos], little-endian uint16 or
 uint32; `offsets.bin` holds n_documents + 1 little-endian int64: document i is tokens[offsets[i]:offsets[i +
-1]]. A store of conversations has `mask.bin` too: a byte per token, 1 where it is of a reply. A folder exists
-only when it is complete: it is written under a temporary name and then renamed.
+1]]. A store of conversations has `mask.bin` too: a byte per token, 1 where it is of a reply. Documents 2 i and
+2 i + 1 of a store of pairs are the chosen and the rejected one of pair i. A folder exists only when it is complete: it
+is written under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ class TokenStore:
     def hash(self) -> str:
         """sha256 of the tokens and offsets, and of the mask, taken while they were written."""
         return self.meta["hash"]
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether its documents are pairs, the chosen one before the rejected one."""
+        return self.meta.get("keep") == "pair"
 
     @property
     def tokenizer_hash(self) -> str:

@@ -1,7 +1,7 @@
 """Steps between a source and a store: each turns an iterator of documents into another, on the host.
 
 A document in parts (see sources.py) is one document to every stream: it is kept or left out whole. So is a
-conversation.
+conversation, and a pair of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lmx.text.normalize import normalize, strip_controls
 
 from .chat_template import ChatTemplate
 from .encoded import encoded, ids_of
-from .sources import Document, texts_of
+from .sources import Document, messages_in, texts_of
 from .tally import Report
 
 _GROUP = 1 << 20
@@ -111,8 +111,9 @@ class Tokenize(Stream):
     encoded at a time.
 
     Conversations go through `chat` and get a "mask", 1 on the tokens of replies; see `ChatTemplate.replies`. Those that
-    the template refuses are left out, and counted. Questions get one that is 1 on the tokens of the answer and the eos,
-    or on the number of the class, which is the last "token" and so nothing but a label.
+    the template refuses are left out, and counted. A pair gives two documents, the chosen one first, or none. Questions
+    get one that is 1 on the tokens of the answer and the eos, or on the number of the class, which is the last "token"
+    and so nothing but a label.
     """
 
     tokenizer: Any
@@ -148,35 +149,46 @@ class Tokenize(Stream):
         return {"ids": ids + learned, "mask": [0] * len(ids) + [1] * len(learned), "id": document["id"]}
 
     def _conversations(self, group, report):
-        found = self.chat.replies(self.tokenizer, [document["messages"] for document in group])
-        for document, replies in zip(group, found, strict=True):
-            if isinstance(replies, str):
-                report.skip("refused_by_the_template", f"{document['id']}: {replies}")
+        asked = [[document[name] for name in _PARTS if name in document] for document in group]
+        found = self.chat.replies(self.tokenizer, [messages for each in asked for messages in each])
+        for document, each in zip(group, asked):
+            parts = [next(found) for _ in each]
+            if why := next((part for part in parts if isinstance(part, str)), None):
+                report.skip("refused_by_the_template", f"{document['id']}: {why}")
                 continue
-            if replies.left_out:
-                report.note("replies_the_template_rewrites_later", document["id"], replies.left_out)
-            if (unknown := self.tokenizer.unk_id) is not None and unknown in replies.ids:
-                report.note("unknown_tokens", document["id"], replies.ids.count(unknown))
-            yield {"ids": replies.ids, "mask": replies.mask, "id": document["id"]}
+            if len(parts) == 2 and parts[0].ids == parts[1].ids:
+                report.skip("equal_replies", f"{document['id']} has two of the same tokens")
+                continue
+            for part in parts:
+                if part.left_out:
+                    report.note("replies_the_template_rewrites_later", document["id"], part.left_out)
+                if (unknown := self.tokenizer.unk_id) is not None and unknown in part.ids:
+                    report.note("unknown_tokens", document["id"], part.ids.count(unknown))
+                yield {"ids": part.ids, "mask": part.mask, "id": document["id"]}
+
+
+_PARTS = ("messages", "rejected")
+"""The conversations of a document, see chat.py."""
 
 
 def _with_texts(document: Document, texts: list[str]) -> Document:
-    if "messages" in document:
-        messages = [message | {"content": text} for message, text in zip(document["messages"], texts)]
-        return {**document, "messages": messages}
-    return {**document, **dict(zip(("text", "answer"), texts))}
+    if "messages" not in document:
+        return {**document, **dict(zip(("text", "answer"), texts))}
+    left = iter(texts)
+    parts = {name: document[name] for name in _PARTS if name in document}
+    return document | {name: [m | {"content": next(left)} for m in part] for name, part in parts.items()}
 
 
 def _learned(document: Document) -> list[str]:
     """The texts that are trained on: of a conversation the replies, of a question the answer."""
     if "messages" not in document:
         return texts_of(document)[-1:]
-    return [message["content"] for message in document["messages"] if message["role"] == "assistant"]
+    return [message["content"] for message in messages_in(document) if message["role"] == "assistant"]
 
 
 def _content(document: Document) -> bytes:
     if "messages" in document:
-        said = [[message["role"], message["content"]] for message in document["messages"]]
+        said = [[message["role"], message["content"]] for message in messages_in(document)]
     elif "answer" in document:
         said = [document["text"], document["answer"]]
     else:

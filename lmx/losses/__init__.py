@@ -2,19 +2,25 @@
 
 from lmx.losses.base import Loss
 from lmx.losses.chunked import Chunked, Counted
-from lmx.losses.next_token import NextToken, ZLoss
+from lmx.losses.dpo import Dpo, Ipo, Margin, Preferred
+from lmx.losses.next_token import NextToken, ZLoss, log_p
 from lmx.losses.objective import Term, counts, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
 
 __all__ = [
     "Chunked",
     "Counted",
+    "Dpo",
+    "Ipo",
     "LoadBalance",
     "Loss",
+    "Margin",
     "NextToken",
+    "Preferred",
     "RouterZLoss",
     "Term",
     "ZLoss",
     "counts",
+    "log_p",
     "total",
 ]

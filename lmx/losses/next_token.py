@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from lmx.losses.base import Loss
+from lmx.losses.chunked import Chunked
 from lmx.ops.cross_entropy import cross_entropy, log_z
 
 
@@ -32,6 +34,13 @@ class NextToken(Loss):
 
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
         return cross_entropy(out.logits, batch["labels"], self.smoothing)
+
+
+def log_p(out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
+    """The log of the probability of every label, float32, in nats; holds no [B, T, V]."""
+    vocab_size = jax.eval_shape(lambda out: out.logits, out).shape[-1]
+    loss = Chunked.fitting(NextToken(), out.hidden.shape[0], vocab_size)
+    return -loss(out, {"labels": batch["labels"]})
 
 
 @dataclass(frozen=True)

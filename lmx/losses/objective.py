@@ -22,8 +22,11 @@ from lmx.losses.base import Loss
 
 @dataclass(frozen=True)
 class Term:
-    """A loss, its weight in the total, and the name of the batch entry [B, T] that says which tokens count
-    (1, 0 or a share between)."""
+    """A loss, its weight in the total (0 measures it), and the name of the batch entry [B, T] that says which tokens
+    count (1, 0 or a share between).
+
+    Raises: ValueError for a loss of pairs with another mask than "pair_mask", or that mask with another loss.
+    """
 
     loss: Loss
     weight: float = 1.0
@@ -31,6 +34,10 @@ class Term:
 
     def __post_init__(self):
         values.check(self, weight="(-inf, inf)")
+        if self.loss.of_pairs != (self.mask == "pair_mask"):
+            of = "pairs of replies" if self.loss.of_pairs else "tokens"
+            way = 'mask="pair_mask"' if self.loss.of_pairs else 'another mask, such as "loss_mask"'
+            raise ValueError(f"Term: {self.loss} is of {of}, and mask={self.mask!r} counts others; use {way}")
 
 
 def counts(objective: Mapping[str, Term], batch: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:

@@ -13,6 +13,7 @@ A run's folder holds, each if there was something to say:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -113,7 +114,7 @@ def run_report(run_dir: str | Path) -> str:
         Section("Ancestry", _ancestry(run_dir)),
     )
     shown = tuple(s for s in sections if s.blocks)
-    head = (*_headline(metrics), *_damage(damaged))
+    head = (*_headline(metrics), *_early(run_dir / "run.txt"), *_damage(damaged))
     return Page(run_dir.resolve().name, shown, "Run report", head=head).html()
 
 
@@ -150,6 +151,14 @@ def _headline(metrics: Series) -> tuple[Block, ...]:
     if mfu := [y for _, y in metrics.get("mfu", []) if math.isfinite(y)]:
         tiles["model FLOP use"] = f"{100 * sorted(mfu)[len(mfu) // 2]:.1f} %"
     return (KeyValues(tiles, tiles=True),) if tiles else ()
+
+
+def _early(path: Path) -> tuple[Block, ...]:
+    with contextlib.suppress(ValueError, OSError):  # told with its ancestry
+        made = artifact.read(path)
+        if made and (why := made.facts.get("early")):
+            return (Text(f"Stopped early: {why}."),)
+    return ()
 
 
 def _learning(metrics: Series) -> tuple[Block, ...]:

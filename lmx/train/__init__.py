@@ -4,12 +4,13 @@ from lmx.train.load import Load
 from lmx.train.loop import Session, cache_folder, metric_names, session, steps
 from lmx.train.program import Program, batch_shapes
 from lmx.train.state import State, new_state
-from lmx.train.step import Enrich, train_step
+from lmx.train.step import Enrich, Reference, train_step
 
 __all__ = [
     "Enrich",
     "Load",
     "Program",
+    "Reference",
     "Session",
     "State",
     "batch_shapes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from lmx.data.batches import ahead, iterate
 from lmx.data.store import explained
 from lmx.mesh import local_rows
 from lmx.optim import ema_params
-from lmx.train.program import Program, program
+from lmx.train.program import Program, judged, program
 from lmx.train.state import State
 
 
@@ -58,21 +59,24 @@ class Session:
 
     def evaluate(self, state: State) -> dict[str, float]:
         """Mean next-token loss in nats per token over the validation rows, or over `eval_batches` batches drawn
-        from all of them, the same at each evaluation.
+        from all of them, the same at each evaluation. Of a run that learns from pairs the loss is its whole objective.
 
-        Returns: valid/loss; valid/loss@N for each N of `eval_lengths`: the same text in rows of N tokens; and
-          valid/ema_loss, that of the averaged parameters, if the optimizer keeps an average.
+        Returns: valid/loss; of a run that learns from pairs also valid/NAME, the mean of each term; valid/loss@N for
+          each N of `eval_lengths`: the same text in rows of N tokens; and valid/ema_loss, that of the averaged
+          parameters, if the optimizer keeps an average.
         """
-        found = {"valid/loss": self._mean_loss(state.params, self.run.data.seq_len)}
+        means = self._means(state, state.params, self.run.data.seq_len)
+        found = {f"valid/{name}": mean for name, mean in means.items()}
         for length in self.run.eval_lengths:
-            found[f"valid/loss@{length}"] = self._mean_loss(state.params, length)
+            found[f"valid/loss@{length}"] = self._means(state, state.params, length)["loss"]
         averaged = ema_params(state.opt_state)
         if averaged is not None:
             params = tree.combine(averaged, state.frozen)
-            found["valid/ema_loss"] = self._mean_loss(params, self.run.data.seq_len)
+            found["valid/ema_loss"] = self._means(state, params, self.run.data.seq_len)["loss"]
         return found
 
-    def _mean_loss(self, params: Any, seq_len: int) -> float:
+    def _means(self, state: State, params: Any, seq_len: int) -> dict[str, float]:
+        """The loss, and the terms it is made of."""
         batches = replace(self.prepared.valid, seq_len=seq_len)
         rounds = batches.once()
         drawn = self.run.eval_batches
@@ -80,13 +84,15 @@ class Session:
             mixed = replace(batches, shuffle=True, seed=0)
             rounds = (mixed.batch(n) for n in range(drawn))
         rows = local_rows(self.program.mesh, batches.batch_size)
-        nats = tokens = 0.0
+        terms = judged(self.run)
+        sums, counts = Counter(), Counter()
         for batch in ahead(rounds, depth=2):
-            sums = self.program.evaluate(
-                params, self.program.place({name: x[rows] for name, x in batch.items()})
-            )
-            nats, tokens = nats + float(sums[0]), tokens + float(sums[1])
-        return nats / tokens
+            placed = self.program.place({name: x[rows] for name, x in batch.items()})
+            more = self.program.evaluate(params, state.constants, placed)
+            for whole, part in zip((sums, counts), map(to_host, more)):
+                whole.update(part)
+        means = {name: sums[name] / counts[name] for name in terms}
+        return means | {"loss": sum(term.weight * means[name] for name, term in terms.items())}
 
 
 def metric_names(run: Any) -> tuple[str, ...]:
@@ -95,8 +101,9 @@ def metric_names(run: Any) -> tuple[str, ...]:
     each_step = ("loss", *terms, "grad_norm", "skipped", "step_seconds", "tokens_per_sec")
     if not (run.data.valid or run.data.valid_share):
         return each_step
+    held_out = dict.fromkeys(("loss", *judged(run), *(f"loss@{n}" for n in run.eval_lengths)))
     averaged = ("valid/ema_loss",) if run.optim.ema is not None else ()
-    return (*each_step, "valid/loss", *(f"valid/loss@{n}" for n in run.eval_lengths), *averaged)
+    return (*each_step, *(f"valid/{name}" for name in held_out), *averaged)
 
 
 def session(

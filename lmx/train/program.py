@@ -6,6 +6,7 @@ The same functions train here, and compile for a machine that is not here (`lmx 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,11 +31,13 @@ BATCH_DTYPES = {
     "positions": np.int32,
     "segment_ids": np.int32,
 }
+PAIR_DTYPES = {"rejected_mask": np.float32, "pair_mask": np.float32}
 
 
 class Program(NamedTuple):
-    """init(seed) -> State; step(state, batch) -> (state, metrics); evaluate(params, batch) -> (nats, tokens) summed;
-    shapes: State of ShapeDtypeStruct with shardings; place(host batch) -> arrays on the mesh."""
+    """init(seed) -> State; step(state, batch) -> (state, metrics); evaluate(params, constants, batch) -> (sums, counts)
+    of each term of `judged`; shapes: State of ShapeDtypeStruct with shardings; place(host batch) -> arrays on the mesh.
+    """
 
     model: models.Model
     mesh: Mesh
@@ -72,7 +75,9 @@ def program(run: Any, mesh: Mesh) -> Program:
 
     def init(base: Any, seed: jax.Array) -> State:
         key = jax.random.key(seed)
-        return new_state(params_of(base, key), run.trainable, tx, jax.random.fold_in(key, 2))
+        params = params_of(base, key)
+        constants = run.enrich.constants(tree.partition(params, run.trainable)[0])
+        return new_state(params, run.trainable, tx, jax.random.fold_in(key, 2), constants)
 
     state_shapes = jax.eval_shape(init, base, np.uint32(0))
     placed = _placed(state_shapes, mesh)
@@ -94,7 +99,7 @@ def program(run: Any, mesh: Mesh) -> Program:
         lambda seed: start(load and load.read(fresh, None if pmap else mesh), np.uint32(seed)),
         step,
         jax.jit(
-            lambda params, batch: _evaluate(model, params, hide(batch)),
+            lambda params, constants, batch: _evaluate(run, model, params, constants, hide(batch)),
             out_shardings=NamedSharding(mesh, P()),
         ),
         jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, placed),
@@ -112,13 +117,20 @@ def rest_of(start: tuple[Surgery, ...]) -> Callable:
     return chain(*(Surgery() if i == 0 and isinstance(x, Load) else x for i, x in enumerate(start)))
 
 
+def judged(run: Any) -> dict[str, losses.Term]:
+    """What held-out data is judged by: its next tokens, whatever a run learns, so that runs compare; but a run that
+    learns from pairs by its own objective."""
+    if any(term.loss.of_pairs for term in run.objective.values()):
+        return run.objective
+    return {"loss": losses.Term(_CrossEntropy())}
+
+
 def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The abstract batch of a run: [B, T] each, rows over data and fsdp."""
     shape = (run.data.batch_size, run.data.seq_len)
     sharding = NamedSharding(mesh, meshes.BATCH)
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_DTYPES.items()
-    }
+    dtypes = BATCH_DTYPES | (PAIR_DTYPES if judged(run) is run.objective else {})
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
 def _placed(state: State, mesh: Mesh) -> State:
@@ -139,7 +151,7 @@ def _check_lengths(run: Any) -> None:
 
 
 def _hidden_labels(mask: Mask, seq_len: int) -> Callable[[dict], dict]:
-    """batch -> batch whose loss_mask leaves out tokens that attend to their own label, as in a prefix.
+    """batch -> batch whose masks leave out tokens that attend to their own label, as in a prefix.
 
     Raises: ValueError if all of them do.
     """
@@ -154,17 +166,27 @@ def _hidden_labels(mask: Mask, seq_len: int) -> Callable[[dict], dict]:
 
     def hide(batch):
         seen = sees_next(mask, Where(batch["positions"], batch["segment_ids"]))
-        return batch | {"loss_mask": jnp.where(seen, 0.0, batch["loss_mask"])}
+        masks = (name for name in ("loss_mask", "rejected_mask") if name in batch)
+        return batch | {name: jnp.where(seen, 0.0, batch[name]) for name in masks}
 
     return hide
 
 
-def _evaluate(model, params, batch):
-    """(nats, tokens) summed; never holds [B, T, V]."""
-    n_rows = batch["tokens"].shape[0]
-    loss = losses.Chunked.fitting(losses.NextToken(), n_rows, model.config.vocab_size)
-    nats = loss(model.apply(params, batch), batch)
-    return (nats * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+@dataclass(frozen=True)
+class _CrossEntropy(losses.Loss):
+    """`NextToken` that never holds [B, T, V]."""
+
+    def __call__(self, out, batch):
+        return -losses.log_p(out, batch)
+
+
+def _evaluate(run, model, params, constants, batch):
+    """(sums, counts) of each term."""
+    terms = judged(run)
+    if terms is run.objective:
+        batch = run.enrich(constants, batch, lambda x: model.apply(tree.combine(x, params), batch))
+    ones = dict.fromkeys(terms, jnp.float32(1))
+    return losses.total(terms, model.apply(params, batch), batch, ones)[1], losses.counts(terms, batch)
 
 
 def _of_classes(batch: dict) -> dict:

@@ -28,7 +28,16 @@ from lmx.train.record import FILES, record
 from lmx.train.state import State
 from lmx.weights.describe import describe
 
-RESUMABLE = ("mesh", "eval_every", "eval_batches", "eval_lengths", "save_every", "keep", "max_skips")
+RESUMABLE = (
+    "mesh",
+    "eval_every",
+    "eval_batches",
+    "eval_lengths",
+    "patience",
+    "save_every",
+    "keep",
+    "max_skips",
+)
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -38,13 +47,17 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """step reached, the last metrics, the signal that stopped the run before its end or 0, and the final state."""
+    """step reached, the last metrics, the signal that stopped the run before its end or 0, and the final state.
+
+    early: why the run ended before its last step, if its patience did.
+    """
 
     out: Path
     step: int
     metrics: dict[str, float]
     interrupted: int
     state: State
+    early: str = ""
 
 
 def run(
@@ -55,7 +68,7 @@ def run(
     source: Path | None = None,
     base: Any = None,
 ) -> Result:
-    """Trains to the end, from the newest checkpoint in `out` if there is one.
+    """Trains to the end, or until its patience is spent, from the newest checkpoint in `out` if there is one.
 
     Writes into `out`: what `record` says, metrics.jsonl with one line per step, and checkpoints/. SIGTERM, or a
     first Ctrl-C, saves the step at hand and returns; a second Ctrl-C raises KeyboardInterrupt at once.
@@ -88,7 +101,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
         made_from=(*prepared.made_from, origin, *(load.files() if load else ())),
         skip="constants/*|frozen/*" if load else "constants/*",
     )
-    state, start = _begin(session, checkpoints, out)
+    state, start, waited = _begin(session, checkpoints, out)
     first = jax.process_index() == 0
     log: list[Sink] = []
     if first:
@@ -129,6 +142,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
         meta = {
             "data": {"next_batch": step, "fingerprint": prepared.train.fingerprint},
             "run": values.show(plan),
+            "waited": waited,
             "weights": describe(state.params),
         }
         meter.pause()
@@ -138,7 +152,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
     step, stopping, lowest = start, 0, checkpoints.lowest()
     with _stop_signal() as asked:
         try:
-            for state, metrics in session.steps(state):
+            for state, metrics in () if _spent(plan, waited) else session.steps(state):
                 step += 1
                 valid.clear()
                 flush()
@@ -156,10 +170,12 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
                         raise
                     best = valid["valid/loss"] < lowest
                     lowest = min(lowest, valid["valid/loss"]) if best else lowest
-                regular = last or stopping or (step % plan.save_every == 0 and not latest["streak"])
+                    waited = 0 if best else waited + 1
+                ends = last or stopping or _spent(plan, waited)
+                regular = ends or (step % plan.save_every == 0 and not latest["streak"])
                 if regular or best:
                     save(step, passing=not regular)
-                if stopping:
+                if ends:
                     break
         finally:
             checkpoints.close()
@@ -167,23 +183,36 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
                 sink.close()
     if checkpoints.problem:
         raise OSError(f"stopped at step {step}, but {checkpoints.problem}")
+    early = ""
+    if _spent(plan, waited) and step < plan.steps:
+        best = checkpoints.best_step()
+        than = "that is finite" if best is None else f"lower than {lowest:.4f} of step {best}"
+        early = f"{waited} evaluations without a valid/loss {than}"
     if first:
-        artifact.record(out / "run.txt", "run", made_from=prepared.made_from, facts={"step": step})
-    return Result(out, step, latest | valid, stopping if step < plan.steps else 0, state)
+        facts = {"step": step} | ({"early": early} if early else {})
+        artifact.record(out / "run.txt", "run", made_from=prepared.made_from, facts=facts)
+    return Result(out, step, latest | valid, 0 if early or step == plan.steps else stopping, state, early)
 
 
-def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State, int]:
-    """The newest checkpoint's state, if it is of this run, or a fresh one."""
+def _spent(plan: Any, waited: int) -> bool:
+    """Whether a run stops early after this many evaluations without a new lowest loss."""
+    return plan.patience is not None and waited >= plan.patience
+
+
+def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State, int, int]:
+    """The newest checkpoint's state, if it is of this run, or a fresh one; its step; and the evaluations it had waited
+    for a new lowest loss."""
     if checkpoints.latest() is None:
         _check_free(session, out)
-        return session.init(), 0
+        return session.init(), 0, 0
     load = loaded_first(session.run.start)
     if load:
         load.check_unchanged(out / FOLDER / str(checkpoints.latest()))
-    like = session.init() if load else session.program.shapes
+    constants = jax.tree.leaves(session.program.shapes.constants)
+    like = session.init() if load or constants else session.program.shapes  # neither is in a checkpoint
     state, meta = checkpoints.restore(like)
     _check_same(session, int(state.step), meta, out)
-    return state, int(state.step)
+    return state, int(state.step), meta.get("waited", 0)
 
 
 def _check_free(session: Session, out: Path) -> None:
@@ -201,14 +230,17 @@ def _check_free(session: Session, out: Path) -> None:
 
 
 def finished(session: Session, out: str | Path) -> bool:
-    """Whether the newest checkpoint in `out` is the end of this run.
+    """Whether the newest checkpoint in `out` is the end of this run, or where its patience was spent.
 
     Raises: ValueError if it is the end of another run.
     """
     newest = max(steps(Path(out) / FOLDER), default=None)
-    if newest != session.run.steps or stored.damage(Path(out) / FOLDER / str(newest)):
+    if newest is None or stored.damage(Path(out) / FOLDER / str(newest)):
         return False
-    _check_same(session, newest, stored.about(Path(out) / FOLDER / str(newest))["meta"], Path(out))
+    meta = stored.about(Path(out) / FOLDER / str(newest))["meta"]
+    if newest != session.run.steps and not _spent(session.run, meta.get("waited", 0)):
+        return False
+    _check_same(session, newest, meta, Path(out))
     return True
 
 

@@ -1,4 +1,4 @@
-"""The one training step: pretraining, adapters and distillation differ in what they pass to it.
+"""The one training step: pretraining, adapters, preferences and distillation differ in what they pass to it.
 
     g = sum over micro-batches of  d/d(trainable)  sum over terms of  weight * sum(loss * mask) / n
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lmx import tree
-from lmx.losses import counts, total
+from lmx.losses import counts, log_p, total
 from lmx.train.state import State
 
 
@@ -24,8 +24,35 @@ from lmx.train.state import State
 class Enrich:
     """(constants, batch) -> batch with more entries, inside the compiled step; this one adds none."""
 
-    def __call__(self, constants: Any, batch: dict) -> dict:
+    def constants(self, trainable: Any) -> Any:
+        """The arrays it needs, made once when the run starts. They never change, and are not saved with it.
+
+        Args:
+          trainable: the parameters that learn, before they have, with None in place of the others.
+        """
+        return None
+
+    def __call__(self, constants: Any, batch: dict, answer: Callable[[Any], Any]) -> dict:
+        """The batch with more entries, through which no gradient passes.
+
+        Args:
+          answer: other values for what is trainable -> what the run's model answers to the batch with them.
+        """
         return batch
+
+
+@dataclass(frozen=True)
+class Reference(Enrich):
+    """Adds `reference` [B, T] float32: the log probability, in nats, that each label had when the run started.
+
+    What is not trainable is shared with the model: beside an adapter only another copy of the adapter is kept.
+    """
+
+    def constants(self, trainable: Any) -> Any:
+        return trainable
+
+    def __call__(self, constants: Any, batch: dict, answer: Callable[[Any], Any]) -> dict:
+        return batch | {"reference": log_p(answer(constants), batch)}
 
 
 def train_step(
@@ -46,12 +73,13 @@ def train_step(
     Args:
       reduce: sums a tree over devices, where the step sees one device's share (`pmap`); there `salt` is its number.
     Returns: (state, metrics): loss, each term, grad_norm, tokens, skipped and streak as float32 or int32 scalars.
+      Tokens are those that count, a mean over terms; there are none where all terms are of pairs.
     """
     n = reduce(counts(objective, batch))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), salt)
 
     def loss_fn(trainable, micro, i):
-        micro = enrich(state.constants, micro)
+        micro = enrich(state.constants, micro, lambda x: apply(tree.combine(x, state.frozen), micro))
         out = apply(tree.combine(trainable, state.frozen), micro, jax.random.fold_in(key, i))
         return total(objective, out, micro, n)
 
@@ -75,7 +103,8 @@ def train_step(
         streak=(state.streak + 1) * missed,
     )
     metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": new.skipped, "streak": new.streak}
-    metrics["tokens"] = sum(n.values()) / len(n)
+    tokens = [n[name] for name, term in objective.items() if not term.loss.of_pairs]
+    metrics |= {"tokens": sum(tokens) / len(tokens)} if tokens else {}
     return new, metrics | ({} if len(terms) == 1 else terms)
 
 

@@ -131,7 +131,9 @@ def test_pmap_goes_on_from_its_own_state_and_evaluates():
         state, batch = made.init(0), made.place(packed())
         for _ in range(3):
             state, metrics = made.step(state, batch)
-        found.append(jax.device_get((state.params, metrics["loss"], made.evaluate(state.params, batch))))
+        found.append(
+            jax.device_get((state.params, metrics["loss"], made.evaluate(state.params, None, batch)))
+        )
     for path, a, b in zip(tree.paths(found[0]), *map(jax.tree.leaves, found)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=path)
 
@@ -139,7 +141,7 @@ def test_pmap_goes_on_from_its_own_state_and_evaluates():
 def test_evaluation_is_the_sum_of_nats_over_counted_tokens():
     made = program(RUN, MESHES["all"].build())
     state, batch = made.init(0), packed()
-    nats, tokens = jax.device_get(made.evaluate(state.params, made.place(batch)))
+    nats, tokens = (x["loss"] for x in jax.device_get(made.evaluate(state.params, None, made.place(batch))))
     loss, _ = plain(MODEL, jax.device_get(state.params))
     assert tokens == batch["loss_mask"].sum()
     np.testing.assert_allclose(nats / tokens, loss, rtol=1e-5)
@@ -148,7 +150,7 @@ def test_evaluation_is_the_sum_of_nats_over_counted_tokens():
 def test_evaluation_never_holds_the_logits_of_a_batch():
     run = replace(RUN, model=replace(MODEL, vocab_size=2**15), data=Data(seq_len=256, batch_size=16))
     made = program(run, MeshConfig(1, 1, 1).build(jax.devices()[:1]))
-    compiled = made.evaluate.lower(made.shapes.params, batch_shapes(run, made.mesh)).compile()
+    compiled = made.evaluate.lower(made.shapes.params, None, batch_shapes(run, made.mesh)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * 256 * 2**15 * 4 / 2
 
 
@@ -159,8 +161,9 @@ def test_a_token_of_the_prefix_is_not_asked_for_what_it_sees():
     batch = packed()
     counted = batch["loss_mask"] * (batch["positions"] >= 2)
     state = made.init(0)
-    nats, tokens = made.evaluate(state.params, made.place(batch))
-    plain_nats, plain_tokens = made.evaluate(state.params, made.place(batch | {"loss_mask": counted}))
+    nats, tokens = (x["loss"] for x in made.evaluate(state.params, None, made.place(batch)))
+    left = made.evaluate(state.params, None, made.place(batch | {"loss_mask": counted}))
+    plain_nats, plain_tokens = (x["loss"] for x in left)
     assert tokens == plain_tokens == counted.sum() < batch["loss_mask"].sum() and nats == plain_nats
     assert made.step(state, made.place(batch))[1]["tokens"] == counted.sum()
 
@@ -239,7 +242,7 @@ def test_numbers_keep_their_types_in_bfloat16():
     hidden, logits = jax.eval_shape(forward, made.shapes.params, batch)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     state, exact = made.init(0), program(replace(run, model=MODEL), made.mesh)
-    loss, want = (float(m.evaluate(state.params, m.place(packed()))[0]) for m in (made, exact))
+    loss, want = (float(m.evaluate(state.params, None, m.place(packed()))[0]["loss"]) for m in (made, exact))
     assert loss == pytest.approx(want, rel=0.02) and loss != want
 
 

@@ -206,7 +206,7 @@ def test_padding_that_is_not_finite_would_be_noticed():
 
 @dataclass(frozen=True)
 class AddTeacher(Enrich):
-    def __call__(self, constants, batch):
+    def __call__(self, constants, batch, answer):
         return batch | {"teacher": apply(constants, batch, None)}
 
 
