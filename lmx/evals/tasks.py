@@ -299,7 +299,9 @@ def _weighed(model, task, batch_tokens, encoded):
 def _written(model, task, batch_tokens, prompts):
     """(texts, costs); of numbers those that could be read."""
     answer = task.answer
-    sampling = Sampling(temperature=0.0, max_tokens=answer.max_tokens, stop=answer.stop)
+    sampling = Sampling(
+        temperature=0.0, max_tokens=answer.max_tokens, stop=answer.stop, pattern=answer.pattern
+    )
     n_rows = max(1, KEPT * batch_tokens // (max(map(len, prompts)) + answer.max_tokens))
     done = generate(model.model, model.params, model.tokenizer, prompts, sampling, batch_size=n_rows)
     texts = [x.text.strip() for x in done]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -324,7 +325,7 @@ def _subsets(ways: list[list[tuple[int, int, int]]], start: int, end: int, patte
             ends.setdefault(last + 1, []).append(target)
         open_: dict[int, int] = {}
         known: dict[frozenset[int], int] = {}
-        for low, high in zip(cuts, cuts[1:]):
+        for low, high in pairwise(cuts):
             for target in ends.get(low, ()):
                 open_[target] -= 1
             for target in begins.get(low, ()):

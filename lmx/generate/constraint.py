@@ -2,8 +2,8 @@
 
     allowed(state) = {t : next[state, kind[t]] >= 0}         state' = next[state, kind[t]]
 
-The automaton reads bytes and a token is several, perhaps parts of characters, so `next` leads a state over all bytes of a
-token at once. Tokens that lead every state to the same one are of one kind, of which there are few.
+The automaton reads bytes and a token is several, perhaps parts of characters, so `next` leads a state over all bytes
+of a token at once. Tokens that lead each state to the same one are of one kind, and kinds are few.
 Source: Willard & Louf 2023, arXiv:2307.09702, section 3, where each state has a list of its tokens.
 Axes: B rows, V ids, S states, C kinds.
 """
