@@ -6,6 +6,8 @@ lmx generate RUN "To be" --samples 4 --seed 1 --stop "." --step best
 lmx generate SmolLM2-135M-Instruct.gguf "The capital of India is"       a released model, GGUF or Hugging Face folder
 lmx generate MODEL "What is a tokenizer?" --chat       a question, in the format the model was trained to converse in
 lmx generate BIG.gguf "Once" --draft SMALL.gguf       a smaller model of the same tokenizer drafts tokens
+lmx generate MODEL "Is it good? " --pattern "yes|no"       only what matches a regular expression, as a whole
+lmx generate MODEL "नाम, उम्र: " --schema FILE.json       only JSON that satisfies a schema
 lmx generate RUN --file prompts.txt --save            a prompt a line, as a batch; kept in RUN/samples.jsonl
 echo "Once upon" | lmx generate RUN - --json          the prompt from standard input; a JSON object a line
 """
@@ -15,14 +17,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from lmx import cli
-from lmx.generate import Completion, Sampling
+from lmx.generate import Completion, Sampling, json_pattern
+
+MOST_BYTES = 2**20
+"""Of a schema."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Options:
     """With --chat: what the model is told before everything."""
     template: Path | None = None
     """With --chat: a file with a chat template (Jinja), instead of the model's own."""
+    schema: Path | None = None
+    """A file with a JSON schema, which what is written satisfies: --pattern with `lmx.generate.json_pattern` of it."""
     samples: int = 1
     """Completions of each prompt."""
     batch_size: int = 16
@@ -78,6 +85,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"--save writes into a run's folder, and {asked.run} is a file; use --json, or convert it"
         )
+    if asked.schema is not None:
+        asked = replace(asked, sampling=replace(asked.sampling, pattern=_schema(asked)))
+    if asked.draft is not None and asked.sampling.pattern is not None:
+        raise ValueError("--draft is not supported with --pattern or --schema; leave one of the two out")
     prompts = [prompt for prompt in _prompts(asked) for _ in range(asked.samples)]
     if asked.source is not None:
         experiment(asked.source)
@@ -106,6 +117,22 @@ def main(argv: list[str]) -> None:
                 record = {"step": step, "prompt": sample["prompt"], "text": sample["text"], "note": note}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         print(f"saved {path}", file=sys.stderr)
+
+
+def _schema(asked: Options) -> str:
+    """The pattern of the schema's file."""
+    if asked.sampling.pattern is not None:
+        raise ValueError("--pattern and --schema both say what is written; give one")
+    with asked.schema.open("rb") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{asked.schema}: more than {MOST_BYTES:,} bytes; give a smaller schema")
+    try:
+        return json_pattern(json.loads(text))
+    except RecursionError:
+        raise ValueError(f"{asked.schema}: too many brackets within each other; nest less") from None
+    except ValueError as error:
+        raise ValueError(f"{asked.schema}: {error}") from None
 
 
 def _prompts(asked: Options) -> list[str]:

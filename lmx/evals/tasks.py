@@ -321,7 +321,7 @@ def _weighed(model, batch_tokens, encoded, seen):
 def _written(model, task, batch_tokens, prompts, votes, temperature, seed, seen):
     """((text, or number if it could be read; shares of votes) of each prompt, costs)."""
     answer, n = task.answer, max(1, votes)
-    rule = {"max_tokens": answer.max_tokens, "stop": answer.stop, "seed": seed}
+    rule = {"max_tokens": answer.max_tokens, "stop": answer.stop, "pattern": answer.pattern, "seed": seed}
     sampling = Sampling(temperature=temperature if votes else 0.0, **rule)
     prompts = [ids for ids in prompts for _ in range(n)]
     n_rows = max(1, KEPT * batch_tokens // (max(map(len, prompts)) + answer.max_tokens))

@@ -2,6 +2,7 @@
 
 from lmx.generate.decode import Completion, completions, generate
 from lmx.generate.sampling import Sampling
+from lmx.generate.schema import json_pattern
 from lmx.generate.speculative import Acceptance, Draft, speculate
 from lmx.generate.stream import Memory, stream
 
@@ -13,6 +14,7 @@ __all__ = [
     "Sampling",
     "completions",
     "generate",
+    "json_pattern",
     "speculate",
     "stream",
 ]

@@ -80,8 +80,8 @@ def completions(
         draws the numbers it draws as row r of a batch; its tokens differ only where rounding decides.
       batch_size: prompts under way at once; None is all.
       chunk: tokens between two looks for stop strings.
-    Raises: ValueError for an empty prompt without bos, an id outside the vocabulary, or a prompt that leaves
-      no room for max_tokens within the model's positions.
+    Raises: ValueError for an empty prompt without bos, an id outside the vocabulary, a prompt that leaves no room
+      for max_tokens within the model's positions, or a pattern that the tokenizer cannot spell.
     """
     ids = prompt_ids(model, tokenizer, prompts, sampling.max_tokens)
     streams = range(len(ids)) if rows is None else rows

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lmx.data.tokenizer_json import common
+from lmx.generate.constraint import Constraint, constraint
 from lmx.generate.reading import bucket, keeps, padded, piece, read
 from lmx.generate.sampling import Sampling, choose
 from lmx.weights import leaf
@@ -34,7 +35,8 @@ LEAST = 16
 
 @leaf
 class Rows:
-    """`token` is the last of the n tokens that a row has drawn, not yet in its cache; keys are its random stream."""
+    """`token` is the last of the n tokens that a row has drawn, not yet in its cache; keys are its random stream; state
+    is where it stands in the pattern."""
 
     cache: Any
     keys: Array
@@ -44,6 +46,7 @@ class Rows:
     n: Int[Array, " B"]
     done: Bool[Array, " B"]
     seen: Bool[Array, "B V"] | None
+    state: Int[Array, " B"] | None
 
 
 class Known(NamedTuple):
@@ -63,12 +66,14 @@ class Decoder:
         self._programs = _programs(model)
         settings = sampling.settings()
         self._room = bucket(sampling.max_tokens, None)
+        pattern, vocab_size = sampling.pattern, model.config.vocab_size
         self._rule = {
             "settings": settings,
             "ends": np.array(tokenizer.end_ids or (-1,), np.int32),
             "most": np.int32(sampling.max_tokens),
             "top_k": sampling.top_k if "temperature" in settings else 0,
-            "n_words": min(model.config.vocab_size, tokenizer.vocab_size),
+            "n_words": min(vocab_size, tokenizer.vocab_size),
+            "tokens": None if pattern is None else constraint(pattern, tokenizer, vocab_size),
         }
 
     def keeps(self, n: int) -> bool:
@@ -151,12 +156,13 @@ class _Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _programs(model) -> _Programs:
-    def draw(rows, logits, settings, ends, most, top_k, n_words):
+    def draw(rows, logits, settings, ends, most, tokens: Constraint | None, top_k, n_words):
         words = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
         if n_words < logits.shape[-1]:
             logits = jnp.where(words < n_words, logits, -jnp.inf)
         keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.n)
-        token, logprob = choose(logits, keys, settings, top_k, rows.seen)
+        allowed = None if tokens is None else tokens.allowed(rows.state)
+        token, logprob = choose(logits, keys, settings, top_k, rows.seen, allowed)
         (B, M), live = rows.tokens.shape, ~rows.done
         at = jnp.arange(B), jnp.where(live, rows.n, M)
         n = rows.n + live.astype(jnp.int32)
@@ -168,6 +174,7 @@ def _programs(model) -> _Programs:
             n=n,
             done=rows.done | (token[:, None] == ends[None]).any(1) | (n >= most),
             seen=None if rows.seen is None else rows.seen | (words == token[:, None]),
+            state=None if tokens is None else tokens.after(rows.state, token),
         )
 
     rule = ("top_k", "n_words")
@@ -193,6 +200,7 @@ def _programs(model) -> _Programs:
             n=jnp.zeros(R, jnp.int32),
             done=jnp.zeros(R, bool),
             seen=seen,
+            state=None if settings["tokens"] is None else jnp.zeros(R, jnp.int32),
         )
         return draw(rows, logits, **settings)
 

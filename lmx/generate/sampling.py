@@ -1,6 +1,6 @@
 """From logits to a token: filters as pure functions of logits [B, V], applied in a fixed order.
 
-    repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
+    pattern -> repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
 
 Each sees what the one before left, as in HF transformers, and is absent from the compiled program when off. A
 filter removes a token by setting its logit to -inf, and never removes the likeliest. Tokens with equal logits
@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from lmx.generate.automaton import automaton
 
 Scalar = float | np.floating | Array
 Settings = dict[str, Scalar]
@@ -35,6 +37,12 @@ class Sampling:
       max_tokens: the completion ends after this many, eos included; 0 is allowed.
       stop: strings that end the completion; the text stops right before them.
       seed: in [0, 2**32); the same seed, prompt and row give the same completion.
+      pattern: a regular expression, as `automaton` reads it. A completion whose reason is "eos" matches it from its
+        first to its last character; one cut by max_tokens or a stop string begins a text that does. None is off.
+
+    >>> Sampling(pattern="(हाँ|नहीं)", max_tokens=20).pattern
+    '(हाँ|नहीं)'
+
     Raises: ValueError for a value that means nothing.
     """
 
@@ -46,8 +54,11 @@ class Sampling:
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     seed: int = 0
+    pattern: str | None = None
 
     def __post_init__(self):
+        if self.pattern is not None:
+            automaton(self.pattern)
         if isinstance(self.stop, str):
             raise ValueError(f"Sampling: stop={self.stop!r} is one string; write ({self.stop!r},)")
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -90,6 +101,7 @@ def choose(
     settings: Settings,
     top_k: int = 0,
     seen: Bool[Array, "B V"] | None = None,
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """A token for each row, int32, and its log probability before any filter, in nats.
 
@@ -97,8 +109,10 @@ def choose(
       keys: a random key for each row [B].
       settings, top_k: `Sampling.settings()` and `Sampling.top_k`; without a temperature the choice is greedy.
       seen: which tokens each row holds already; read only under a repetition penalty.
+      allowed: the tokens that a pattern leaves to each row, at least one; None is all.
     """
-    kept = filtered(logits, settings, top_k, seen)
+    possible = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+    kept = filtered(possible, settings, top_k, seen)
     if "temperature" in settings:
         tokens = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
     else:

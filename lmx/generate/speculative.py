@@ -117,8 +117,12 @@ def speculate(
       chunk: rounds between two looks for stop strings, or two calls of `show`.
       show: called with a prompt's place and the text that became certain; joined, a completion's text.
     Raises: ValueError as `generate` does, for the target and for the draft; and if one of the two does not know
-      all ids of the tokenizer.
+      all ids of the tokenizer; or if sampling has a pattern.
     """
+    if sampling.pattern is not None:
+        raise ValueError(
+            f"draft: pattern={sampling.pattern!r:.80} is not supported with a draft; leave one of the two out"
+        )
     most = sampling.max_tokens
     ids = prompt_ids(model, tokenizer, prompts, most)
     _check(model, tokenizer, draft, ids, most)

@@ -119,10 +119,14 @@ class Choices:
 
 @dataclass(frozen=True)
 class Free:
-    """Text of at most max_tokens, ended by a stop string or the model's own end. A row may hold several references."""
+    """Text of at most max_tokens, ended by a stop string or the model's own end. A row may hold several references.
+
+    pattern: a regular expression that all of it matches, also the space before it, as `Sampling` has it.
+    """
 
     max_tokens: int = 128
     stop: tuple[str, ...] = ("\n",)
+    pattern: str | None = None
 
     def __post_init__(self):
         if isinstance(self.stop, str):
@@ -147,12 +151,13 @@ class Free:
 
 @dataclass(frozen=True)
 class Number:
-    """A number from low to high, written in at most max_tokens."""
+    """A number from low to high, written in at most max_tokens, in text that matches `pattern`; None is any text."""
 
     low: float
     high: float
     max_tokens: int = 8
     stop: tuple[str, ...] = ("\n",)
+    pattern: str | None = None
 
     def __post_init__(self):
         if not -math.inf < self.low < self.high < math.inf:

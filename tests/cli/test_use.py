@@ -130,6 +130,18 @@ def test_generate_streams_what_generate_returns(run, lmx):
     }
 
 
+def test_generate_writes_what_a_pattern_or_a_schema_says(run, lmx, refused, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["हाँ", 7]}', encoding="utf-8")
+    assert lmx("generate", run[0], "नदी ", "--schema", schema) in ('नदी "हाँ"\n', "नदी 7\n")
+    assert "a ( without its )" in refused("generate", run[0], "--pattern", "(")
+    assert "give one" in refused("generate", run[0], "--pattern", "a", "--schema", schema)
+    schema.write_text('{"type": "object"}', encoding="utf-8")
+    assert "schema.json: schema: at #: an object of anything" in refused(
+        "generate", run[0], "--schema", schema
+    )
+
+
 def test_texts_are_cleaned_as_the_run_was(run, lmx, refused, tmp_path):
     raw = tmp_path / "raw"
     shutil.copytree(run[0], raw)
