@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,20 +67,20 @@ class Chunked(Loss):
 
 @dataclass(frozen=True)
 class Counted(Loss):
-    """The same as `loss` on the tokens that count, and 0 on the others: of replies to long questions, a share of the
-    head's work.
+    """The same as `loss` on the tokens that count, and 0 on the others: of short answers to long questions, a share of
+    the head's work.
 
-    The positions of a row are sorted, those that count first, and cut into slices of `size`; a slice without one, in
-    no row, is skipped. So each row keeps its place on a mesh.
+    The positions of a row are sorted, those that count first, and of all rows as many are computed as the fullest one
+    needs: a sixteenth, a quarter, or all of them, in slices. So each row keeps its place on a mesh.
     Args:
       mask: the batch entry that says what counts, as in `Term`.
-      size: positions in a slice; every row's are computed up to those of the row that has most.
+      size: positions in a slice, as in `Chunked`.
     Raises: ValueError for a size below 1, or a loss that is not local.
     """
 
     loss: Loss
-    size: int = 16
     mask: str = "loss_mask"
+    size: int = 256
 
     def __post_init__(self):
         Chunked(self.loss, self.size)
@@ -87,24 +88,25 @@ class Counted(Loss):
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
         counts = batch[self.mask] > 0
         T = counts.shape[1]
-        short = -T % self.size
         order = jnp.argsort(~counts, axis=1, stable=True)
         cut, whole = _split(batch, counts.shape)
+        loss = _of_slice(Chunked(self.loss, self.size), out, whole)
+        lengths = sorted({-(-T // 16), -(-T // 4), T})
 
-        def sliced(x):
-            x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1)
-            return _stack(jnp.pad(x, [(0, short if i == 1 else 0) for i in range(x.ndim)]), self.size)
+        def first(n, hidden, cut):
+            found = loss(*jax.tree.map(lambda x: _at(x, order[:, :n]), (hidden, cut)))
+            return jnp.pad(found, [(0, 0), (0, T - n)])
 
-        slice_loss = jax.checkpoint(_of_slice(self.loss, out, whole), prevent_cse=False)
-        most = counts.sum(1).max()
+        enough = (counts.sum(1).max() > jnp.array(lengths[:-1], jnp.int32)).sum()
+        branches = [functools.partial(first, n) for n in lengths]
+        # Around the branches, which would else keep what the largest of them needs for the backward pass.
+        chosen = jax.checkpoint(lambda *xs: jax.lax.switch(enough, branches, *xs))(out.hidden, cut)
+        return jnp.where(counts, _at(chosen, jnp.argsort(order, 1)), 0.0)
 
-        def one(start, xs):
-            zeros = jnp.zeros((counts.shape[0], self.size), jnp.float32)
-            return start + self.size, jax.lax.cond(start < most, slice_loss, lambda *_: zeros, *xs)
 
-        _, loss = jax.lax.scan(one, 0, jax.tree.map(sliced, (out.hidden, cut)))
-        loss = jnp.moveaxis(loss, 0, 1).reshape(counts.shape[0], -1)[:, :T]
-        return jnp.where(counts, jnp.take_along_axis(loss, jnp.argsort(order, 1), 1), 0.0)
+def _at(x, order):
+    """x [B, T, ...] at positions [B, n] of each row."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1)
 
 
 def _of_slice(loss, out, whole):

@@ -115,19 +115,20 @@ def test_where_it_counts_alone_is_the_same_and_elsewhere_nothing(n_positions, sh
     data["loss_mask"] = jnp.asarray(np.random.default_rng(0).random((3, n_positions)) < share, jnp.float32)
     loss = NextToken(0.1)
     wanted = jnp.where(data["loss_mask"] > 0, loss(out, data), 0.0)
-    np.testing.assert_allclose(Counted(loss, 4)(out, data), wanted, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(Counted(loss, size=4)(out, data), wanted, rtol=2e-5, atol=1e-6)
     if share:
-        same(value_and_grads(Counted(loss, 4), out, data), value_and_grads(loss, out, data))
+        same(value_and_grads(Counted(loss, size=4), out, data), value_and_grads(loss, out, data))
 
 
 def test_another_mask_and_a_teacher_where_it_counts():
     out, data = answer(2, 7, 4, 11), batch(2, 7, 11) | {"temperature": jnp.array(2.0)}
     data |= {"teacher": answer(2, 7, 6, 11, seed=5), "replies": jnp.eye(2, 7)}
     wanted = jnp.where(data["replies"] > 0, Towards()(out, data), 0.0)
-    np.testing.assert_allclose(Counted(Towards(), 3, "replies")(out, data), wanted, rtol=2e-5)
+    np.testing.assert_allclose(Counted(Towards(), "replies", 3)(out, data), wanted, rtol=2e-5)
 
 
-def test_slices_in_which_nothing_counts_are_not_computed():
+@pytest.mark.parametrize(("most", "computed"), [(0, 4), (4, 4), (5, 16), (16, 16), (17, 64), (64, 64)])
+def test_as_many_positions_are_computed_as_the_fullest_row_needs(most, computed):
     seen = []
 
     @dataclass(frozen=True)
@@ -137,7 +138,9 @@ def test_slices_in_which_nothing_counts_are_not_computed():
             return super().__call__(out, batch)
 
     out, data = answer(2, 64, 8, 11), batch(2, 64, 11)
-    data["loss_mask"] = jnp.zeros((2, 64)).at[0, 60].set(1.0).at[1, 1:10].set(1.0)
-    jax.block_until_ready(jax.jit(Counted(Told(), 8))(out, data))
+    data["loss_mask"] = jnp.zeros((2, 64)).at[0, 64 - most :].set(1.0).at[1, :3].set(min(most, 1.0))
+    wanted = jnp.where(data["loss_mask"] > 0, NextToken()(out, data), 0.0)
+    found = jax.block_until_ready(jax.jit(Counted(Told()))(out, data))
     jax.effects_barrier()
-    assert seen == [(2, 8, 8)] * 2
+    assert seen == [(2, computed, 8)]
+    np.testing.assert_allclose(found, wanted, rtol=2e-5)
