@@ -27,8 +27,8 @@ from lmx.report import page, plots
 from lmx.report.runs import LOSS, read_json, read_metrics
 from lmx.report.stats import Interval
 from lmx.report.table import Table
-from lmx.run import Run, Trained, trained
-from lmx.tasks import Answers, Shots, Task
+from lmx.run import Run, Trained, load, trained
+from lmx.tasks import Answers, Shots, Task, overlap
 from lmx.train import Load, batch_shapes, cache_folder, session
 from lmx.train.live import Live
 from lmx.train.standard import finished
@@ -52,7 +52,7 @@ def tuning(
     valid_share: float = 0.05,
     seed: int = 0,
 ) -> Run:
-    """The run that `full`, `lora` and the others vary: a released model that learns the answers of a task.
+    """The run that `full`, `lora` and the others vary: a model, released or of a run, that learns a task's answers.
 
     Rows hold several examples each, and the loss is computed on answers alone. Some training examples are held out; the
     task's test records are never seen.
@@ -60,6 +60,8 @@ def tuning(
       examples: so many of the task's training records, drawn by `seed`. epochs: how often each is seen.
     Raises: FileNotFoundError, ValueError as the files say; ValueError if there is less than one step to make.
     """
+    path = Path(path)
+    config = pretrained.find(path).config if pretrained.is_released(path) else load(path / "run.txt").model
     data = Data(
         train=(Answers(task, limit=examples, seed=seed),),
         valid_share=valid_share,
@@ -71,7 +73,7 @@ def tuning(
     if steps < 1:
         raise ValueError(f"tuning: epochs={epochs} is less than one step of {batch_size} rows; raise it")
     return Run(
-        model=pretrained.find(Path(path)).config,
+        model=config,
         data=data,
         objective={"ce": Term(Counted(NextToken()))},
         start=(Load(str(path)),),
@@ -142,10 +144,12 @@ def compare(
     shows what it forgets.
 
     The first of the list are the model as it was, prompted with the task alone or with `shots`, by name. `limit`
-    examples are judged, drawn at random. Writes report.html into `out`.
+    examples are judged, drawn at random. Writes report.html into `out`. Warns where test questions are among the
+    training examples.
     Raises: ValueError if a folder holds another run; KeyboardInterrupt when it is stopped, with the step saved.
     """
     out = Path(out)
+    overlap(task.examples("train"), task.examples("test"), task.name)
     first = next(iter(runs.values()))
     judge = _Judge(task, tuple(text), limit)
     start = functools.cache(lambda: trained(first.start[0].path))
@@ -180,7 +184,7 @@ class _Judge:
     limit: int | None
 
     def __call__(
-        self, folder: Path, load: Callable[[], Trained], of: str, shots: Shots = Shots()
+        self, folder: Path, model: Callable[[], Trained], of: str, shots: Shots = Shots()
     ) -> tuple[dict[str, Interval], Interval | None]:
         records = self.task.test.fingerprint()
         key = artifact.hash_text(
@@ -188,7 +192,7 @@ class _Judge:
         )
         known = read_json(folder / "score.json")
         if known is None or known["of"] != key:
-            known = {"of": key, **self._scores(load(), folder, shots)}
+            known = {"of": key, **self._scores(model(), folder, shots)}
             artifact.write(folder / "score.json", json.dumps(known, ensure_ascii=False))
         metrics = {name: Interval(**x) for name, x in known["metrics"].items()}
         return metrics, known["general"] and Interval(**known["general"])

