@@ -192,6 +192,25 @@ class Error(Metric):
 
 
 @dataclass(frozen=True)
+class Expected(Metric):
+    """Of labels that are numbers their mean by probability, as a score: how far it lies from the right one on average,
+    and Pearson's correlation with it; NaN where either does not vary."""
+
+    def rows(self, outcomes):
+        pairs = [
+            (sum(p * float(label) for label, p in x.probabilities.items()), float(x.references[0]))
+            for x in outcomes
+        ]
+        return np.array([[abs(a - b), 1, a, b, a * a, b * b, a * b] for a, b in pairs], np.float64)
+
+    def values(self, sums):
+        far, n, a, b, aa, bb, ab = sums
+        spread = max(0.0, (aa - _over(a * a, n)) * (bb - _over(b * b, n)))
+        together = ab - _over(a * b, n)
+        return {"expected_error": _over(far, n), "correlation": _over(together, math.sqrt(spread))}
+
+
+@dataclass(frozen=True)
 class Lengths(Metric):
     """Words and characters (grapheme clusters) of an answer on average, and its words for each of the first
     reference."""

@@ -1,5 +1,8 @@
 """Metrics against formulas written out, against the libraries' public functions, and in Hindi."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,6 +14,7 @@ from lmx.tasks import (
     Chrf,
     Error,
     ExactMatch,
+    Expected,
     Lengths,
     Outcome,
     Rouge,
@@ -196,3 +200,20 @@ def test_a_mean_over_systems_has_the_interval_of_its_examples():
     assert (found.value, found.low, found.high) == pytest.approx((right.mean(), low, high))
     with pytest.raises(ValueError, match="average: 50 outcomes and 49 are not of the same"):
         average((Accuracy(),), [systems[0], systems[1][1:]])
+
+
+def test_labels_that_are_numbers_make_a_score():
+    rng = np.random.default_rng(0)
+    outcomes = []
+    for i in range(40):
+        p = rng.dirichlet(np.ones(5))
+        outcomes.append(
+            Outcome(str(i), (str(rng.integers(1, 6)),), "1", {str(k + 1): p[k] for k in range(5)})
+        )
+    mean = np.array([sum(float(k) * p for k, p in x.probabilities.items()) for x in outcomes])
+    right = np.array([float(x.references[0]) for x in outcomes])
+    found = measure((Expected(),), outcomes, resamples=50)
+    assert found["expected_error"].value == pytest.approx(np.abs(mean - right).mean())
+    assert found["correlation"].value == pytest.approx(np.corrcoef(mean, right)[0, 1])
+    same = [replace(x, references=("3",)) for x in outcomes]
+    assert math.isnan(Expected().values(Expected().rows(same).sum(0))["correlation"])
