@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from lmx.report.table import Table
 from lmx.run import Run, Trained, load, trained
 from lmx.tasks import Answers, Shots, Task, overlap
 from lmx.train import Load, batch_shapes, cache_folder, session
+from lmx.train.checkpoint import find_step
 from lmx.train.live import Live
 from lmx.train.standard import finished
 from lmx.train.standard import run as train
@@ -90,12 +92,12 @@ def full(run: Run, lr: float = 5e-5) -> Run:
     return replace(run, optim=_optim(lr))
 
 
-def lora(run: Run, rank: int = 16, lr: float = 5e-4) -> Run:
+def lora(run: Run, rank: int = 16, lr: float = 1e-3) -> Run:
     """Adapters on every matrix of the layers."""
     return _more(run, adapt.Lora(rank=rank), trainable=ADAPTERS, lr=lr)
 
 
-def qlora(run: Run, rank: int = 16, lr: float = 5e-4) -> Run:
+def qlora(run: Run, rank: int = 16, lr: float = 1e-3) -> Run:
     """The same adapters on matrices in 4 bits."""
     return _more(run, adapt.Nf4(), adapt.Lora(rank=rank), trainable=ADAPTERS, lr=lr)
 
@@ -152,10 +154,12 @@ def compare(
     overlap(task.examples("train"), task.examples("test"), task.name)
     first = next(iter(runs.values()))
     judge = _Judge(task, tuple(text), limit)
-    start = functools.cache(lambda: trained(first.start[0].path))
+    model = first.start[0]
+    content = repr((model, [artifact.find(path).hash for path in model.files()]))
+    start = functools.cache(lambda: trained(model.path))
     found = []
     for name, some in {"0 shots": Shots(), **shots}.items():
-        scores = judge(out / name, start, repr((first.start[0], some)), some)
+        scores = judge(out / name, start, f"{content} {some}", some)
         found.append(Tuned(name, *scores, 0, {}, 0.0, [], []))
     start.cache_clear()
     for name, run in runs.items():
@@ -164,7 +168,8 @@ def compare(
             result = train(made, folder, sinks=[Live(run.steps, title=name)])
             if result.interrupted:
                 raise KeyboardInterrupt(f"saved step {result.step} of {folder}; repeat the command to go on")
-        scores = judge(folder, lambda at=folder: trained(at, step="best"), values.show(run))
+        model.check_unchanged(find_step(folder.absolute(), "latest"))
+        scores = judge(folder, lambda at=folder: trained(at, step="best"), content + values.show(run))
         series = read_metrics(folder)
         seconds = sum(x for _, x in series["step_seconds"])
         held = _held(folder, made)
@@ -292,12 +297,14 @@ def report(found: Sequence[Tuned], task: Task) -> page.Page:
     ]
     first = next(iter(found[0].metrics))
     quality = {x.name: x.metrics[first] for x in found if first in x.metrics}
+    known = {name: x for name, x in quality.items() if math.isfinite(x.value)}
+    bars = page.Text(f"No way has a {first}: nothing that was written could be read.")
+    if known:
+        bars = page.Figure(plots.bars_with_intervals(known, x_label=first))
     return page.Page(
         f"{task.name}: ways to fine-tune",
         (
-            page.Section(
-                "Side by side", (table(found), page.Figure(plots.bars_with_intervals(quality, x_label=first)))
-            ),
+            page.Section("Side by side", (table(found), bars)),
             page.Section(
                 "Learned, and by heart",
                 (

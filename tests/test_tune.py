@@ -1,5 +1,7 @@
 """Ways to fine-tune side by side: trained and judged once, and told on one page."""
 
+import shutil
+
 import jax
 import pytest
 
@@ -9,7 +11,7 @@ from lmx.evals import score
 from lmx.models import TransformerConfig, build, pretrained
 from lmx.nn import AttentionConfig
 from lmx.run import trained
-from lmx.tasks import Choices, Records, Shots, Task, Template
+from lmx.tasks import Choices, Number, Records, Shots, Task, Template
 from lmx.train import session
 
 WORDS = {"0": ("बुरी", "उबाऊ", "फीकी"), "1": ("अच्छी", "कमाल", "सुंदर")}
@@ -83,6 +85,26 @@ def test_side_by_side(run, tmp_path, monkeypatch):
     assert tune.compare(ways, TASK, tmp_path / "out", text=TEXT, shots={"2 shots": Shots(2)}) == found
     with pytest.raises(ValueError, match="holds another run"):
         tune.compare({"head": tune.head(run, lr=1.0)}, TASK, tmp_path / "out", text=TEXT)
+
+
+def test_another_model_under_the_same_name_is_noticed(released, tmp_path):
+    model = shutil.copytree(released, tmp_path / "model")
+    run = tune.tuning(model, TASK, epochs=4, seq_len=64, batch_size=8, valid_share=0.2)
+    tune.compare({"full": tune.full(run)}, TASK, tmp_path / "out")
+    config = pretrained.find(model).config
+    pretrained.save(model, config, build(config).init(jax.random.key(1)), context=128)
+    with pytest.raises(ValueError, match=r"is not what .*full.* was trained on"):
+        tune.compare({"full": tune.full(run)}, TASK, tmp_path / "out")
+
+
+def test_a_metric_of_nothing_leaves_its_plot_out(released, tmp_path):
+    rows = Records([{"text": f"फ़िल्म {i}", "score": i % 3} for i in range(60)])
+    task = Task("अंक", test=rows, train=rows, template=Template("{text}:", " {score}"), answer=Number(0, 2))
+    run = tune.tuning(released, task, epochs=2, seq_len=64, batch_size=8, valid_share=0.2)
+    with pytest.warns(UserWarning, match="60 of 60 test questions"):
+        found = tune.compare({"full": tune.full(run, lr=1e-6)}, task, tmp_path / "out", limit=3)
+    assert all(x.metrics["answered"].value == 0 for x in found)
+    assert "nothing that was written could be read" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_where_one_way_passes_another():

@@ -131,6 +131,8 @@ def _schema(asked: Options) -> str:
         return json_pattern(json.loads(text))
     except RecursionError:
         raise ValueError(f"{asked.schema}: too many brackets within each other; nest less") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{asked.schema} is not JSON: {error}") from None
     except ValueError as error:
         raise ValueError(f"{asked.schema}: {error}") from None
 

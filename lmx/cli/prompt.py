@@ -185,7 +185,7 @@ def try_(asked: Try, task: Task, model: Trained) -> None:
     chat, tokenizer = model.chat if asked.chat else None, model.tokenizer
     prompt = (prompt_messages if asked.chat else prompt_text)(task, example.question, some)
     found = judge(model, task, [example], [some], **_how(asked), seed=asked.seed, resamples=0).outcomes[0]
-    choices = isinstance(task.answer, Choices)
+    choices, head = isinstance(task.answer, Choices), "classes" in model.params
     ids = ids_of(tokenizer, prompt, chat)
     parts = prompt_parts(task, example.question, some, chat)
     print("".join(text for _, text in parts), end="\n\n")
@@ -198,10 +198,13 @@ def try_(asked: Try, task: Task, model: Trained) -> None:
         words = [task.template.answer_of(w) for w in task.answer.labels.values()]
         answers = []
         for (label, p), one in zip(found.probabilities.items(), alternatives(tokenizer, prompt, words, chat)):
-            tokens = named_tokens(tokenizer, one.ids[one.start :], ())
+            tokens = [] if head else named_tokens(tokenizer, one.ids[one.start :], ())
             right = label in example.references
             answers.append((label, " ".join(f"{t.piece} ({t.id})" for t in tokens), p, right))
         print(Table(("choice", "tokens", "probability", "right"), tuple(answers)).text(), end="\n\n")
+    if head:
+        print(f"answer of the head of classes: {found.prediction}   right: {' | '.join(example.references)}")
+        return
     most = 16 if choices else task.answer.max_tokens
     rule = Sampling(temperature=0.0, max_tokens=most, stop=() if choices else task.answer.stop)
     (written,) = generate(model.model, model.params, tokenizer, [ids], rule)

@@ -46,6 +46,8 @@ class Options(OfTask):
     """Judges that many test examples, drawn at random."""
     text: Path | None = None
     """Other text, of which the first paragraphs show what is forgotten."""
+    valid_share: float = 0.05
+    """Of the training records, held out to find the best step by."""
     seed: int = 0
     out: Path | None = None
     """Folder of runs and report; runs/tune/TASK if not given."""
@@ -68,6 +70,7 @@ def main(argv: list[str]) -> None:
         epochs=asked.epochs,
         seq_len=asked.seq_len,
         batch_size=asked.batch_size,
+        valid_share=asked.valid_share,
         seed=asked.seed,
     )
     out = asked.out or Path("runs", "tune", task.name)

@@ -60,7 +60,8 @@ class Clean(Stream):
 
 @dataclass(frozen=True)
 class Split(Stream):
-    """The documents of one part, "train" or "valid", told apart by a hash of their text, or of roles and texts.
+    """The documents of one part, "train" or "valid", told apart by a hash of their text, of a question alone, or of
+    roles and texts.
 
     So a document stays where it is when the corpus grows or is ordered anew, and equal documents are never on
     both sides. Of a document in parts the first part is hashed.
@@ -189,8 +190,6 @@ def _learned(document: Document) -> list[str]:
 def _content(document: Document) -> bytes:
     if "messages" in document:
         said = [[message["role"], message["content"]] for message in messages_in(document)]
-    elif "answer" in document:
-        said = [document["text"], document["answer"]]
     else:
         return document["text"].encode("utf-8")
     return json.dumps(said, ensure_ascii=False).encode("utf-8")

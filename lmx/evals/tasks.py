@@ -34,6 +34,7 @@ from lmx.generate.rows import Decoder, Known
 from lmx.report.stats import Interval
 from lmx.report.table import Table
 from lmx.tasks import (
+    Answers,
     Choices,
     Encoded,
     Example,
@@ -238,7 +239,13 @@ def judge(
 
 def _check_head(model, task: Task, chat: bool, per: str) -> None:
     """Raises: ValueError if the task's answers are not the classes of the model's head."""
-    n, labels = shape_of(model.params["classes"])[1], getattr(task.answer, "labels", ())
+    n, labels = shape_of(model.params["classes"])[1], tuple(getattr(task.answer, "labels", ()))
+    learned = [x.task.answer.labels for x in model.run.data.train if isinstance(x, Answers) and x.head]
+    if learned and tuple(learned[0]) != labels:
+        raise ValueError(
+            f"{task.name}: the model has a head of the classes {', '.join(learned[0])}, and the task has "
+            f"{', '.join(labels) or 'none'}; give the same ones in the same order"
+        )
     if len(labels) != n:
         raise ValueError(
             f"{task.name}: the model has a head of {n} classes, and the task {len(labels)} labels"

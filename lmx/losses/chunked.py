@@ -86,7 +86,7 @@ class Counted(Loss):
         Chunked(self.loss, self.size)
 
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
-        counts = batch[self.mask] > 0
+        counts = batch[self.mask] != 0
         T = counts.shape[1]
         order = jnp.argsort(~counts, axis=1, stable=True)
         cut, whole = _split(batch, counts.shape)

@@ -112,6 +112,8 @@ def theirs(entries: Iterable[Entry], shapes: Any) -> dict[str, tuple[int, ...]]:
                 )
             found[name] = tuple(shape)
     left = set(ours) - {entry.ours for entry in entries}
+    if "classes" in left:
+        raise ValueError("a head of classes has no place in a released model's format; use the run as it is")
     if left:
         raise ValueError(f"no place for {', '.join(sorted(left))} in that format")
     return found

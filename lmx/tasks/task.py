@@ -263,7 +263,7 @@ class Task:
 def drawn(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
     """At most `limit` of the examples, drawn by the seed, in their order. Raises: ValueError for a limit below 1."""
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}; use 1 or more, or None for all")
+        raise ValueError(f"limit={limit}; use 1 or more")
     if limit is None or limit >= len(examples):
         return examples
     return [examples[i] for i in np.sort(np.random.default_rng(seed).permutation(len(examples))[:limit])]

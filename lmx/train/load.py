@@ -55,6 +55,10 @@ class Load(Surgery):
             there = pretrained.shapes(found.config)
         else:
             there = _stored(find_step(path.absolute(), self.step))
+        if "classes" in there:
+            raise ValueError(
+                f"{path} has a head of classes already; start from the model that it was made from"
+            )
         plain = jax.eval_shape(
             lambda: jax.tree.map(dense, _zeros(there), is_leaf=lambda w: isinstance(w, Weight))
         )

@@ -24,19 +24,8 @@ def reviews(folder):
 
 
 def test_ways_are_trained_judged_and_told(run, lmx, folder, reviews):
-    words = (
-        "tune",
-        run[0],
-        *reviews,
-        *CHOICES,
-        "--ways",
-        "3e-2@full",
-        "head",
-        "--epochs",
-        "8",
-        "--seq-len",
-        "64",
-    )
+    how = "--ways 3e-2@full head --epochs 8 --seq-len 64 --valid-share 0.3".split()
+    words = ("tune", run[0], *reviews, *CHOICES, *how)
     with pytest.warns(UserWarning, match="test questions"):
         told = lmx(*words, "--shots", "2", "--text", "english.txt", "--out", "tuned")
     assert "0 shots" in told and "2 shots" in told and "3e-2@full" in told and "head" in told
@@ -64,8 +53,10 @@ def test_mistakes_cost_one_line(run, refused, reviews):
     assert "it reads data" in refused("tune", run[0], "sst2") or "--data FOLDER" in refused(
         "tune", run[0], "sst2"
     )
-    free = ("tune", run[0], *reviews, "--template", "{text}:", "--ways", "head")
+    free = ("tune", run[0], *reviews, "--template", "{text}:", "--ways", "head", "--valid-share", "0.3")
     assert "head=True needs classes" in refused(*free)
     alone = ("tune", run[0], "--test", "dev.csv", *CHOICES)
     assert "it has no training records" in refused(*alone)
-    assert "is less than one step" in refused("tune", run[0], *reviews, *CHOICES, "--epochs", "0.001")
+    assert "is less than one step" in refused(
+        "tune", run[0], *reviews, *CHOICES, "--epochs", "0.001", "--valid-share", "0.3"
+    )

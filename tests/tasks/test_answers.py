@@ -140,8 +140,11 @@ def test_both_ways_to_answer_learn_a_task_and_are_scored(tmp_path, head):
     if head:
         out = model.model.apply(model.params, {"tokens": jnp.array([model.tokenizer.encode("अ")])})
         assert out.logits.shape[-1] == 2
-        with pytest.raises(ValueError, match=r"a head of 2 classes, and the task 3 labels"):
-            score(model, replace(TASK, answer=Choices({"0": "ना", "1": "हाँ", "2": "शायद"})))
+        for labels in ({"0": "ना", "1": "हाँ", "2": "शायद"}, {"1": "हाँ", "0": "ना"}):
+            with pytest.raises(
+                ValueError, match=r"a head of the classes 0, 1, and the task has .*same order"
+            ):
+                score(model, replace(TASK, answer=Choices(labels)))
         with pytest.raises(ValueError, match="a head of classes reads plain text"):
             score(model, TASK, chat=True)
 
