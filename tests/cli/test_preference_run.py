@@ -117,7 +117,7 @@ def test_the_margin_grows_and_a_resumed_run_is_the_same(trained, lmx):
     with pytest.warns(UserWarning, match="equal replies"):
         assert "cut: 24 steps" in lmx("train", "prefer.py", "--out", "cut")
     jax.tree.map(np.testing.assert_array_equal, after.params, runs.trained(folder / "cut").params)
-    with pytest.raises(ValueError, match="held out conversations, and eval judges texts"):
+    with pytest.raises(ValueError, match="held out answers, and eval judges texts"):
         eval.main(["preferring"])
 
 
