@@ -199,13 +199,14 @@ def test_mistakes_of_the_other_verbs(run, refused, tmp_path):
 
 
 def test_answers_by_their_options():
-    from lmx.cli.prompt import Score, _answer, _task
+    from lmx.cli.prompt import Score
+    from lmx.cli.task import _answer, task_of
 
     asked = {"model": Path("m"), "test": "x.csv", "template": "{a}"}
-    assert _task(Score(**asked)).answer == Free(64)
+    assert task_of(Score(**asked)).answer == Free(64)
     assert _answer(Score(**asked, number=(1, 5))) == Number(1, 5)
     assert _answer(Score(**asked, labels="bad, good")).labels == {"bad": "bad", "good": "good"}
-    assert _task(Score(**asked, answer="\\n{b}")).template == Template("{a}", "\n{b}")
+    assert task_of(Score(**asked, answer="\\n{b}")).template == Template("{a}", "\n{b}")
 
 
 def test_what_is_stopped_says_how_to_go_on_and_works_alone(tmp_path):
