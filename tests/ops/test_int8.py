@@ -14,18 +14,24 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lmx.ops import int8, native
-from lmx.ops.int8 import FAST, ROWS, int4_by, int8_by
+from lmx.ops import int8, native, tiles
+from lmx.ops.int8 import AMX_ROWS, ROWS, int4_by, int8_by
 
 COMPILES = native.available()
 needs_compiler = pytest.mark.skipif(not COMPILES, reason="needs Linux, AVX2 and llvmlite")
+needs_vnni = pytest.mark.skipif(
+    not (COMPILES and native.cpu_flags() >= int8.VNNI), reason="needs AVX512_VNNI and llvmlite"
+)
+FLAGS = {"AVX2": frozenset({"avx2", "fma"}), "VNNI": int8.VNNI | {"avx2", "fma"}}
 
 
-@pytest.fixture(params=[pytest.param(True, marks=needs_compiler), False], ids=["compiled", "by XLA"])
+@pytest.fixture(
+    params=[pytest.param("AVX2", marks=needs_compiler), pytest.param("VNNI", marks=needs_vnni), "XLA"]
+)
 def form(request, monkeypatch):
-    """Programs with the functions compiled here, whatever other units the CPU has, and without."""
-    monkeypatch.setattr(native, "available", lambda: request.param)
-    monkeypatch.setattr(int8, "FAST", frozenset())
+    """Programs with the functions compiled here for either unit, and without them."""
+    monkeypatch.setattr(native, "available", lambda: request.param in FLAGS)
+    monkeypatch.setattr(native, "cpu_flags", lambda: FLAGS.get(request.param, frozenset()))
 
 
 @pytest.mark.parametrize("rows", [(), (1,), (2,), (3,), (4,), (7,), (2, 3), (ROWS + 1,), (0,), (2, 0)])
@@ -128,9 +134,7 @@ def test_gradients_pass_by_whole_numbers(form):
 def test_the_work_is_shared_among_any_number_of_threads(threads, monkeypatch):
     """Calls at once, from several threads, each asking for more or fewer helpers than XLA's pool has threads."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(threads))
-    target = native.register(
-        f"test_int8_by_{threads}", int8._INTRINSICS + int8._tiles(int8._int8_tile, ("x", "w", "y"))
-    )
+    target = native.register(f"test_int8_by_{threads}", tiles.int8_chunk(tiles.Avx2()))
     x, w = whole(3, 64), whole(5000, 64)
     call = jax.jit(
         lambda x, w: jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((3, 5000), jnp.int32))(
@@ -145,16 +149,23 @@ def test_the_work_is_shared_among_any_number_of_threads(threads, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "rows, K, compiled", [(1, 64, True), (ROWS, 64, True), (ROWS + 1, 64, False), (1, 40, False)]
+    "rows, K, amx, compiled",
+    [
+        (1, 64, False, True),
+        (ROWS, 64, False, True),
+        (ROWS + 1, 64, False, False),
+        (1, 40, False, False),
+        (AMX_ROWS, 64, True, True),
+        (AMX_ROWS + 1, 64, True, False),
+    ],
 )
-def test_cpu_gets_the_function_for_few_rows_of_whole_steps(monkeypatch, rows, K, compiled):
-    monkeypatch.setattr(int8, "FAST", frozenset())
+def test_cpu_gets_the_function_for_few_rows_of_whole_steps(monkeypatch, rows, K, amx, compiled):
+    monkeypatch.setattr(native, "cpu_flags", lambda: FLAGS["AVX2"] | ({"amx_int8"} if amx else set()))
     assert ("lmx_int8_by" in lowered(int8_by, "cpu", (rows, K), (3, K))) is compiled
 
 
-@pytest.mark.parametrize("flag", sorted(FAST))
-def test_cpu_with_int8_units_gets_the_dot_of_two_rows(monkeypatch, flag):
-    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx2", "fma", flag}))
+def test_cpu_without_the_compiler_gets_the_dot_of_two_rows(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
     text = lowered(int8_by, "cpu", (1, 64), (3, 64))
     assert "lmx_int8_by" not in text
     assert re.findall(r"dot_general.*\(tensor<(\w+)>, tensor<(\w+)>\) -> tensor<(\w+)>", text) == [
