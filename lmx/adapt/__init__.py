@@ -22,6 +22,7 @@ from lmx.adapt.lora import (
 from lmx.adapt.matrices import EVERY, LAYERS
 from lmx.adapt.quantize import W4A8, W8A8, Cast, Fp8, Gguf, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
 from lmx.adapt.spend import sensitivity, spend
+from lmx.adapt.unstack import Unstack
 from lmx.adapt.virtual import Prefix, Prompt
 from lmx.weights.surgery import Surgery, chain
 
@@ -57,6 +58,7 @@ __all__ = [
     "Smooth",
     "Surgery",
     "Switch",
+    "Unstack",
     "Vera",
     "adapter",
     "attach",

@@ -56,7 +56,13 @@ class Update(ABC):
         Raises: ValueError if the decay pattern fits no parameter, or the schedule does not fit the steps.
         """
         if self.weight_decay:
-            tree.check_pattern(params, self.decay)
+            try:
+                tree.check_pattern(params, self.decay)
+            except ValueError as error:
+                raise ValueError(
+                    f"{type(self).__name__}: weight_decay={self.weight_decay} decays nothing that learns: {error}; set "
+                    "weight_decay=0, or another decay"
+                ) from None
         parts = [] if self.clip is None else [clip_by_norm(self.clip)]
         parts.append(self.step(steps, params))
         if self.ema is not None:
