@@ -2,6 +2,7 @@
 
 from lmx.losses.base import Loss
 from lmx.losses.chunked import Chunked, Counted
+from lmx.losses.distill import Divergence, ForwardKL, Jsd, ReverseKL, TotalVariation
 from lmx.losses.dpo import Dpo, Ipo, Margin, Preferred
 from lmx.losses.next_token import NextToken, ZLoss, log_p
 from lmx.losses.objective import Term, counts, total
@@ -10,15 +11,20 @@ from lmx.losses.routers import LoadBalance, RouterZLoss
 __all__ = [
     "Chunked",
     "Counted",
+    "Divergence",
     "Dpo",
+    "ForwardKL",
     "Ipo",
+    "Jsd",
     "LoadBalance",
     "Loss",
     "Margin",
     "NextToken",
     "Preferred",
+    "ReverseKL",
     "RouterZLoss",
     "Term",
+    "TotalVariation",
     "ZLoss",
     "counts",
     "log_p",
