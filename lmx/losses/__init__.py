@@ -7,6 +7,7 @@ from lmx.losses.dpo import Dpo, Ipo, Margin, Preferred
 from lmx.losses.next_token import NextToken, ZLoss, log_p
 from lmx.losses.objective import Term, counts, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
+from lmx.losses.scores import Score, ScoreLogit
 
 __all__ = [
     "Chunked",
@@ -23,6 +24,8 @@ __all__ = [
     "Preferred",
     "ReverseKL",
     "RouterZLoss",
+    "Score",
+    "ScoreLogit",
     "Term",
     "TotalVariation",
     "ZLoss",
