@@ -71,7 +71,14 @@ class Divergence(Loss):
         return self.temperature**self.power * self.between(jax.lax.stop_gradient(log_p), log_q)
 
     def _online(self, student, teacher):
-        V = shared_words(teacher.shape[-1], student.shape[-1], type(self).__name__)
+        there, here = teacher.shape[-1], student.shape[-1]
+        V = shared_words(there, here, type(self).__name__)
+        if there != here:
+            warnings.warn(
+                f"the teacher has {there} words and the student {here}: what one has more is taken for padding and "
+                "left out of the comparison",
+                stacklevel=2,
+            )
         return tuple(jax.nn.log_softmax(x[..., :V] / self.temperature) for x in (teacher, student))
 
     def _stored(self, student, ids, log_p):
@@ -160,7 +167,7 @@ def kl(log_p: Float[Array, "*B C"], log_q: Float[Array, "*B C"]) -> Float[Array,
 
 
 def shared_words(teacher: int, student: int, who: str) -> int:
-    """How many words two vocabularies share, of one tokenizer whose models pad it differently; said if they differ.
+    """How many words two vocabularies share, of one tokenizer whose models pad it differently.
 
     Raises: ValueError if they differ by PADDING or more.
     """
@@ -168,11 +175,5 @@ def shared_words(teacher: int, student: int, who: str) -> int:
         raise ValueError(
             f"{who}: the teacher has {teacher} words and the student {student}, more apart than padding; use models of "
             "one tokenizer, or a loss across tokenizers: SortedWords()"
-        )
-    if teacher != student:
-        warnings.warn(
-            f"the teacher has {teacher} words and the student {student}: what one has more is taken for padding and "
-            "left out of the comparison",
-            stacklevel=2,
         )
     return min(teacher, student)
