@@ -2,10 +2,11 @@
 
 from lmx.losses.base import Loss
 from lmx.losses.chunked import Chunked, Counted
-from lmx.losses.distill import Divergence, ForwardKL, Jsd, ReverseKL, TotalVariation
+from lmx.losses.distill import Divergence, ForwardKL, Jsd, ReverseKL, TotalVariation, Uld
 from lmx.losses.dpo import Dpo, Ipo, Margin, Preferred
+from lmx.losses.match import MatchHidden, MatchRelations
 from lmx.losses.next_token import NextToken, ZLoss, log_p
-from lmx.losses.objective import Term, counts, total
+from lmx.losses.objective import Term, counts, reads, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
 from lmx.losses.scores import Score, ScoreLogit
 
@@ -20,6 +21,8 @@ __all__ = [
     "LoadBalance",
     "Loss",
     "Margin",
+    "MatchHidden",
+    "MatchRelations",
     "NextToken",
     "Preferred",
     "ReverseKL",
@@ -28,8 +31,10 @@ __all__ = [
     "ScoreLogit",
     "Term",
     "TotalVariation",
+    "Uld",
     "ZLoss",
     "counts",
     "log_p",
+    "reads",
     "total",
 ]

@@ -86,8 +86,9 @@ def program(run: Any, mesh: Mesh) -> Program:
     constants = run.enrich.shapes(run, state_shapes.trainable, mesh)
     state_shapes = replace(state_shapes, constants=constants)
     placed = jax.tree.map(lambda x: x.sharding, state_shapes)
+    apply = partial(model.apply, keep=losses.reads(run.objective))
     one_step = partial(
-        train_step, apply=model.apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
+        train_step, apply=apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
     )
 
     def step(state, batch, **more):
@@ -199,7 +200,8 @@ def _evaluate(run, model, params, constants, batch):
     if terms is run.objective:
         batch = run.enrich(constants, batch, lambda x: model.apply(tree.combine(x, params), batch))
     ones = dict.fromkeys(terms, jnp.float32(1))
-    return losses.total(terms, model.apply(params, batch), batch, ones)[1], losses.counts(terms, batch)
+    out = model.apply(params, batch, keep=losses.reads(terms))
+    return losses.total(terms, out, batch, ones)[1], losses.counts(terms, batch)
 
 
 def _of_classes(batch: dict) -> dict:

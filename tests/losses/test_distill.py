@@ -12,7 +12,7 @@ from answer import Out, answer, batch
 from hypothesis import given
 
 from lmx import values
-from lmx.losses import Chunked, ForwardKL, Jsd, Loss, ReverseKL, Term, TotalVariation, counts, total
+from lmx.losses import Chunked, ForwardKL, Jsd, Loss, ReverseKL, Term, TotalVariation, Uld, counts, total
 
 B, T, D, V = 3, 7, 5, 11
 
@@ -42,6 +42,7 @@ WANTED = {
     "jsd 0": (Jsd(beta=0.0), kl),
     "jsd 1": (Jsd(beta=1.0), lambda p, q: kl(q, p)),
     "variation": (TotalVariation(), lambda p, q: 0.5 * abs(p - q).sum(-1)),
+    "uld T=2": (Uld(2.0), lambda p, q: 2 * abs(np.sort(p) - np.sort(q)).sum(-1)),
     "variation T=2": (TotalVariation(2.0), lambda p, q: 2 * 0.5 * abs(p - q).sum(-1)),
 }
 ALONE = [name for name, (loss, _) in WANTED.items() if loss.temperature == 1.0]
@@ -146,7 +147,7 @@ def test_nothing_to_learn_from_oneself(name, k):
         data = stored(data, k)
     value, grads = value_and_grads(loss, out, data)
     assert abs(value) < 1e-6
-    if "variation" not in name:  # which has a kink here
+    if "variation" not in name and "uld" not in name:  # which has a kink here
         jax.tree.map(lambda x: np.testing.assert_allclose(x, 0, atol=1e-5), grads)
 
 
@@ -195,7 +196,7 @@ def test_cut_along_t_neither_model_has_logits_of_a_whole_row(k):
         data |= {"teacher_log_p": jax.ShapeDtypeStruct(shape, jnp.float32)}
     else:
         data["teacher"] = teacher
-    for loss in (ForwardKL(), ReverseKL(), Jsd(), TotalVariation()):
+    for loss in (ForwardKL(), ReverseKL(), Jsd(), TotalVariation(), Uld()):
         f = jax.jit(jax.grad(lambda out, data, loss=loss: Chunked(loss, 32)(out, data).sum()))
         memory = f.lower(out, data).compile().memory_analysis().temp_size_in_bytes
         assert memory < n_rows * length * words * 4 / 2
@@ -236,6 +237,20 @@ def test_qwens_paddings_are_aligned():
     with pytest.warns(UserWarning, match="the teacher has 152064 words and the student 151936"):
         found = jax.eval_shape(lambda out, t: ForwardKL()(out, {"teacher": t}), *shapes)
     assert found.shape == (1, 2)
+
+
+@pytest.mark.parametrize(("words", "k"), [(7, 0), (V, 0), (2000, 0), (2000, 3), (5, 4)])
+def test_of_any_two_vocabularies_sorted_probabilities_are_compared(words, k):
+    out, data = example(n_words=words)
+    p, q = (-np.sort(-np.exp(logs(x))) for x in (logits(data["teacher"]), logits(out)))
+    if k:
+        data = stored(data, k)
+        p, q = (np.concatenate([x[..., :k], x[..., k:].sum(-1, keepdims=True)], -1) for x in (p, q))
+    p, q = (np.pad(x, [(0, 0), (0, 0), (0, max(words, V) - x.shape[-1])]) for x in (p, q))
+    found = [Uld()(out, data), Chunked(Uld(), 3)(out, data)]
+    np.testing.assert_allclose(found[0], abs(p - q).sum(-1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(value_and_grads(Uld(), out, data)[1]))
 
 
 def test_what_does_not_fit_is_refused():
