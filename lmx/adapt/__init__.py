@@ -21,6 +21,7 @@ from lmx.adapt.lora import (
 )
 from lmx.adapt.matrices import EVERY, LAYERS
 from lmx.adapt.quantize import W4A8, W8A8, Cast, Fp8, Gguf, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
+from lmx.adapt.shrink import Worth, shrink, smaller, spread, worth
 from lmx.adapt.spend import sensitivity, spend
 from lmx.adapt.virtual import Prefix, Prompt
 from lmx.weights.surgery import Surgery, chain
@@ -58,6 +59,7 @@ __all__ = [
     "Surgery",
     "Switch",
     "Vera",
+    "Worth",
     "adapter",
     "attach",
     "bank",
@@ -67,6 +69,10 @@ __all__ = [
     "extract",
     "importance",
     "sensitivity",
+    "shrink",
+    "smaller",
     "spend",
+    "spread",
     "unmerge",
+    "worth",
 ]
