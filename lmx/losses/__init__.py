@@ -2,23 +2,32 @@
 
 from lmx.losses.base import Loss
 from lmx.losses.chunked import Chunked, Counted
+from lmx.losses.distill import Divergence, ForwardKL, Jsd, ReverseKL, TotalVariation
 from lmx.losses.dpo import Dpo, Ipo, Margin, Preferred
 from lmx.losses.next_token import NextToken, ZLoss, log_p
 from lmx.losses.objective import Term, counts, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
+from lmx.losses.scores import Score, ScoreLogit
 
 __all__ = [
     "Chunked",
     "Counted",
+    "Divergence",
     "Dpo",
+    "ForwardKL",
     "Ipo",
+    "Jsd",
     "LoadBalance",
     "Loss",
     "Margin",
     "NextToken",
     "Preferred",
+    "ReverseKL",
     "RouterZLoss",
+    "Score",
+    "ScoreLogit",
     "Term",
+    "TotalVariation",
     "ZLoss",
     "counts",
     "log_p",

@@ -17,10 +17,12 @@ class Loss(ABC):
     local: its value at t depends on hidden states and batch entries at t alone, so that it may be cut along T
       (see `Chunked`).
     of_pairs: its value is of a pair of replies, and its term's mask `pair_mask`, which counts each pair once.
+    of_scores: its value is of a number per text, batch entry `scores`, and not of words.
     """
 
     local: ClassVar[bool] = True
     of_pairs: ClassVar[bool] = False
+    of_scores: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:

@@ -6,7 +6,7 @@ The same functions train here, and compile for a machine that is not here (`lmx 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,11 +76,16 @@ def program(run: Any, mesh: Mesh) -> Program:
     def init(base: Any, seed: jax.Array) -> State:
         key = jax.random.key(seed)
         params = params_of(base, key)
-        constants = run.enrich.constants(tree.partition(params, run.trainable)[0])
-        return new_state(params, run.trainable, tx, jax.random.fold_in(key, 2), constants)
+        return new_state(params, run.trainable, tx, jax.random.fold_in(key, 2))
 
     state_shapes = jax.eval_shape(init, base, np.uint32(0))
-    placed = _placed(state_shapes, mesh)
+    first = _placed(state_shapes, mesh)
+    state_shapes = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state_shapes, first
+    )
+    constants = run.enrich.shapes(run, state_shapes.trainable, mesh)
+    state_shapes = replace(state_shapes, constants=constants)
+    placed = jax.tree.map(lambda x: x.sharding, state_shapes)
     one_step = partial(
         train_step, apply=model.apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
     )
@@ -88,7 +93,12 @@ def program(run: Any, mesh: Mesh) -> Program:
     def step(state, batch, **more):
         return one_step(state, hide(batch), **more)
 
-    start = jax.jit(init, out_shardings=placed, donate_argnums=0)
+    fresh_state = jax.jit(init, out_shardings=first, donate_argnums=0)
+
+    def start(seed: int) -> State:
+        state = fresh_state(load and load.read(fresh, None if pmap else mesh), np.uint32(seed))
+        return replace(state, constants=run.enrich.constants(run, state.trainable, mesh))
+
     if pmap:
         step = _pmapped(step, mesh)
     else:
@@ -96,13 +106,13 @@ def program(run: Any, mesh: Mesh) -> Program:
     return Program(
         model,
         mesh,
-        lambda seed: start(load and load.read(fresh, None if pmap else mesh), np.uint32(seed)),
+        start,
         step,
         jax.jit(
             lambda params, constants, batch: _evaluate(run, model, params, constants, hide(batch)),
             out_shardings=NamedSharding(mesh, P()),
         ),
-        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, placed),
+        state_shapes,
         partial(_place, NamedSharding(mesh, meshes.BATCH)),
     )
 
@@ -119,8 +129,8 @@ def rest_of(start: tuple[Surgery, ...]) -> Callable:
 
 def judged(run: Any) -> dict[str, losses.Term]:
     """What held-out data is judged by: its next tokens, whatever a run learns, so that runs compare; but a run that
-    learns from pairs by its own objective."""
-    if any(term.loss.of_pairs for term in run.objective.values()):
+    learns from pairs or scores by its own objective."""
+    if any(term.loss.of_pairs or term.loss.of_scores for term in run.objective.values()):
         return run.objective
     return {"loss": losses.Term(_CrossEntropy())}
 
@@ -129,7 +139,10 @@ def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The abstract batch of a run: [B, T] each, rows over data and fsdp."""
     shape = (run.data.batch_size, run.data.seq_len)
     sharding = NamedSharding(mesh, meshes.BATCH)
-    dtypes = BATCH_DTYPES | (PAIR_DTYPES if judged(run) is run.objective else {})
+    dtypes = dict(BATCH_DTYPES)
+    for term in run.objective.values():
+        dtypes |= PAIR_DTYPES if term.loss.of_pairs else {}
+        dtypes |= {"scores": np.float32} if term.loss.of_scores else {}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
