@@ -22,6 +22,7 @@ from lmx.adapt.lora import (
 from lmx.adapt.matrices import EVERY, LAYERS
 from lmx.adapt.project import Project
 from lmx.adapt.quantize import W4A8, W8A8, Cast, Fp8, Gguf, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
+from lmx.adapt.shrink import Worth, shrink, smaller, spread, worth
 from lmx.adapt.spend import sensitivity, spend
 from lmx.adapt.unstack import Unstack
 from lmx.adapt.virtual import Prefix, Prompt
@@ -62,6 +63,7 @@ __all__ = [
     "Switch",
     "Unstack",
     "Vera",
+    "Worth",
     "adapter",
     "attach",
     "bank",
@@ -71,6 +73,10 @@ __all__ = [
     "extract",
     "importance",
     "sensitivity",
+    "shrink",
+    "smaller",
     "spend",
+    "spread",
     "unmerge",
+    "worth",
 ]

@@ -88,7 +88,7 @@ def _compare(asked: Options, model) -> None:
         else:
             row = {"bytes": stored, "bits": 8 * stored / n, "seconds": time.monotonic() - began}
             row |= {k: asdict(v) for k, v in judged(asked, model, params).items()}
-            row["speed"] = None if method[0] == "Q" else _speed(model, params)
+            row["speed"] = None if method[0] == "Q" else speed(model, params)
             done["rows"][name] = row
             near = (Interval(**row[k]) for k in ("perplexity", "kl"))
             print(f"{name:24} {row['bits']:5.2f} bits  " + "perplexity {}  KL {}".format(*near))
@@ -132,7 +132,7 @@ def _variant(asked: Options, model, seen, weights) -> tuple[Any, int]:
     return params, nbytes(params)
 
 
-def _speed(model, params, tokens: int = 32) -> float:
+def speed(model, params, tokens: int = 32) -> float:
     """Tokens per second that one row writes, when all is compiled."""
     fast = model._replace(params=params).for_decoding()
     endless = model.tokenizer.without("eos_token").ending_with(())

@@ -251,16 +251,8 @@ def _group_size(asked: Options, params, where: str) -> int:
 
 def _save(asked: Options, model, params, facts: dict, folder: Path) -> None:
     from lmx.cli.convert import write_run
-    from lmx.models import pretrained
-    from lmx.train.checkpoint import FOLDER
 
-    if (asked.model / "run.txt").exists():
-        beside = pretrained.beside(asked.model / pretrained.KEPT)
-        made_from = [asked.model / FOLDER / str(cli.step_of(asked.model, asked.step))]
-    else:
-        found = pretrained.find(asked.model)
-        beside, made_from = found.beside(), found.files()
-    text = [Path(asked.calibration)] if asked.calibration and Path(asked.calibration).is_file() else []
+    beside, made_from = origin(asked.model, asked.step, asked.calibration)
     write_run(
         folder,
         asked.out,
@@ -268,10 +260,24 @@ def _save(asked: Options, model, params, facts: dict, folder: Path) -> None:
         params,
         model.tokenizer,
         beside,
-        [*made_from, *text],
+        made_from,
         {"source": str(asked.model), "quantization": {k: v for k, v in facts.items() if k != "lost"}},
     )
     (folder / "quantization.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def origin(model: Path, step: str, calibration: str | None) -> tuple[dict[str, str], list[Path]]:
+    """What came with a model, name -> text, and the files that another one is made from with a text."""
+    from lmx.models import pretrained
+    from lmx.train.checkpoint import FOLDER
+
+    if (model / "run.txt").exists():
+        beside = pretrained.beside(model / pretrained.KEPT)
+        made_from = [model / FOLDER / str(cli.step_of(model, step))]
+    else:
+        found = pretrained.find(model)
+        beside, made_from = found.beside(), found.files()
+    return beside, made_from + ([Path(calibration)] if calibration and Path(calibration).is_file() else [])
 
 
 def windows(name: str, model, n: int, length: int) -> np.ndarray:

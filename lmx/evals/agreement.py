@@ -35,13 +35,27 @@ class Agreement:
 
 
 def agreement(
-    model, params: Any, other: Any, tokens: Int[np.ndarray, "N T"], *, bootstrap: int = 1000, seed: int = 0
+    model,
+    params: Any,
+    other: Any,
+    tokens: Int[np.ndarray, "N T"],
+    *,
+    other_model: Any = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
 ) -> Agreement:
     """Parameters `params` and `other` of one model on N windows of T tokens, whose first token is given.
 
-    Raises: ValueError if a row's figures are not finite.
+    other_model: that of `other`, such as a student's of the same vocabulary; None means the same one.
+    Raises: ValueError if the vocabularies differ, or a row's figures are not finite.
     """
-    score = _scorer(model)
+    other_model = other_model or model
+    words = model.config.vocab_size, other_model.config.vocab_size
+    if words[0] != words[1]:
+        raise ValueError(
+            f"agreement: the models have {words[0]} and {words[1]} words; compare models of one vocabulary"
+        )
+    score = _scorer(model, other_model)
     rows = np.stack([np.asarray(score(params, other, jnp.asarray(row[None])), np.float64) for row in tokens])
     if not np.isfinite(rows).all():
         raise ValueError(
@@ -66,11 +80,11 @@ def agreement(
 
 
 @lru_cache(maxsize=4)
-def _scorer(model):
+def _scorer(model, other_model):
     @jax.jit
     def score(params, other, row: Int[Array, "1 T"]) -> Float[Array, 4]:
         """Means over the row: nats of each model, KL, share of equal tops."""
-        a, b = (model.apply(x, {"tokens": row[:, :-1]}) for x in (params, other))
+        a, b = (m.apply(x, {"tokens": row[:, :-1]}) for m, x in ((model, params), (other_model, other)))
         labels = row[0, 1:]
         n = labels.shape[0]
         short = -n % CHUNK

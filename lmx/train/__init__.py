@@ -2,6 +2,7 @@
 
 from lmx.train.load import Load
 from lmx.train.loop import Session, cache_folder, metric_names, session, steps
+from lmx.train.on_policy import OnPolicy
 from lmx.train.program import Program, batch_shapes
 from lmx.train.state import State, new_state
 from lmx.train.step import Enrich, Reference, train_step
@@ -10,6 +11,7 @@ from lmx.train.teacher import Teacher, Teachers
 __all__ = [
     "Enrich",
     "Load",
+    "OnPolicy",
     "Program",
     "Reference",
     "Session",

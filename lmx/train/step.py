@@ -52,6 +52,14 @@ class Enrich:
         """
         return None
 
+    def before(self, model: Any, state: State, batch: dict, salt: int | jax.Array = 0) -> dict:
+        """The batch that the step is to see in place of this one, before its tokens are counted.
+
+        Args:
+          model: the run's own. salt: the device's number, where it sees a share of the batch (`pmap`).
+        """
+        return batch
+
     def __call__(self, constants: Any, batch: dict, answer: Callable[[Any], Any]) -> dict:
         """The batch with more entries, through which no gradient passes.
 
