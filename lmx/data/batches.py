@@ -140,8 +140,9 @@ class Batches:
           labels[t] follows tokens[t] in its document; positions restart at 0 in every segment, also where a
           piece continues a document cut in another row; segment_ids count 1, 2, ... within a row, 0 is
           padding; loss_mask is 1 on every position that has a label, of conversations one of a reply, and 0 on
-          padding. With a store of pairs also rejected_mask and pair_mask float32, see `Preferences`; with labels of a
-          teacher also teacher_ids int32 and teacher_log_p float32 [rows, seq_len, k], see `TeacherTopK`.
+          padding. With a store of pairs also rejected_mask and pair_mask float32, see `Preferences`; with a
+          store of scores also scores float32, each where its document's label is; with labels of
+          a teacher also teacher_ids int32 and teacher_log_p float32 [rows, seq_len, k], see `TeacherTopK`.
         Raises: ValueError if n is negative.
         """
         if n < 0:
@@ -339,6 +340,8 @@ def _gather(
     at = at.reshape(n, seq_len)
     if any(store.of_pairs for store in stores):
         out |= {name: np.zeros((n, seq_len), np.float32) for name in ("rejected_mask", "pair_mask")}
+    if any(store.scores is not None for store in stores):
+        out["scores"] = np.zeros((n, seq_len), np.float32)
     if taught:
         k = taught[0].k
         out["teacher_ids"], out["teacher_log_p"] = (np.empty((n, seq_len, k), x) for x in ("i4", "f4"))
@@ -347,6 +350,10 @@ def _gather(
     for m, store in zip(mine, stores):
         if store.mask is not None:
             out["loss_mask"][m] = store.mask[1:].take(at[m], mode="clip")
+        if store.scores is not None:
+            document = np.searchsorted(store.offsets, at[m].clip(0), "right") - 1
+            scores = store.scores.take(document, mode="clip")
+            out["scores"][m] = np.where(out["loss_mask"][m] > 0, scores, 0)
         if store.of_pairs:
             segments = out["segment_ids"][m]
             rejected = segments % 2 == 0

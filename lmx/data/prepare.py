@@ -85,6 +85,9 @@ class Data:
                 raise ValueError(f"Data: {name}={getattr(self, name)} must be at least 1")
         if self.packing not in ("best_fit", "concat"):
             raise ValueError(f"Data: packing={self.packing!r}; use 'best_fit' or 'concat'")
+        scored = {isinstance(one, Source) and one.scored for one in (*self.train, *self.valid)}
+        if len(scored) > 1:
+            raise ValueError("Data: some sources have scores and some have none; use those of one kind")
         for one in (*self.train, *self.valid):
             if self.packing == "concat" and isinstance(one, Source) and one.masked:
                 raise ValueError(
@@ -343,7 +346,9 @@ def _groups(part, tokenize, cache) -> list[tuple[Path, _Part]]:
 
 
 def _writer(path, part, tokenize) -> Writer:
-    writer = Writer(path, tokenize.tokenizer.vocab_size, tokenize.tokenizer.hash, part.source.masked)
+    writer = Writer(
+        path, tokenize.tokenizer.vocab_size, tokenize.tokenizer.hash, part.source.masked, part.source.scored
+    )
     if part.source.masked:
         writer.facts["keep"] = part.source.keep
     return writer
@@ -354,7 +359,9 @@ def _write(path, part, tokenize, meter):
     documents = meter.watch(part.documents(report), counts)
     with _writer(path, part, tokenize) as writer:
         for document in tokenize(documents, report):
-            writer.add(document["ids"], document.get("more", False), document.get("mask"))
+            writer.add(
+                document["ids"], document.get("more", False), document.get("mask"), document.get("score")
+            )
             read += 1
         refused = report.skipped.get("refused_by_the_template")
         if refused and not read:

@@ -6,6 +6,7 @@ from lmx.losses.dpo import Dpo, Ipo, Margin, Preferred
 from lmx.losses.next_token import NextToken, ZLoss, log_p
 from lmx.losses.objective import Term, counts, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
+from lmx.losses.score import SoftLabels
 
 __all__ = [
     "Chunked",
@@ -18,6 +19,7 @@ __all__ = [
     "NextToken",
     "Preferred",
     "RouterZLoss",
+    "SoftLabels",
     "Term",
     "ZLoss",
     "counts",

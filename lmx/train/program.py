@@ -131,6 +131,8 @@ def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (run.data.batch_size, run.data.seq_len)
     sharding = NamedSharding(mesh, meshes.BATCH)
     dtypes = BATCH_DTYPES | (PAIR_DTYPES if judged(run) is run.objective else {})
+    if any(getattr(one, "scored", False) for one in run.data.train):
+        dtypes = dtypes | {"scores": np.float32}
     found = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     if run.data.teacher is not None:
         shape = (*shape, run.data.teacher.width)

@@ -89,7 +89,7 @@ def test_labels_are_the_teachers_likeliest_tokens_in_the_rows_of_a_student(
         np.testing.assert_allclose(batch["teacher_log_p"][real], best[real], atol=2 * off + 1e-4)
         tail = 1 - np.exp(batch["teacher_log_p"].astype(np.float64)).sum(-1)[real]
         rest = 1 - np.exp(best).sum(-1)[real]
-        np.testing.assert_allclose(tail, rest, atol=1e-5 + rest * 2 * off)
+        assert (np.abs(tail - rest) <= 1e-5 + 3 * off * np.minimum(rest, 1 - rest) + off * (rest > 0.4)).all()
         assert batch["teacher_ids"].dtype == np.int32 and batch["teacher_log_p"].dtype == np.float32
         assert not batch["teacher_ids"][~real].any() and not batch["teacher_log_p"][~real].any()
 
