@@ -8,7 +8,7 @@ from lmx.losses.match import MatchHidden, MatchRelations
 from lmx.losses.next_token import NextToken, ZLoss, log_p
 from lmx.losses.objective import Term, counts, reads, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
-from lmx.losses.scores import Score, ScoreLogit
+from lmx.losses.scores import SoftLabels, SoftLogits
 
 __all__ = [
     "Chunked",
@@ -27,8 +27,8 @@ __all__ = [
     "Preferred",
     "ReverseKL",
     "RouterZLoss",
-    "Score",
-    "ScoreLogit",
+    "SoftLabels",
+    "SoftLogits",
     "Term",
     "TotalVariation",
     "Uld",

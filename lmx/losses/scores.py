@@ -1,9 +1,10 @@
-"""Learning a number in [0, 1] per text, such as the share of annotators who call it toxic, or a teacher's score.
+"""Learning a number in [0, 1] per text: what a teacher makes of it, or the share of annotators who say yes.
 
-    run = Run(start=(Load("model"), Classes(1)), objective={"score": Term(Score())}, ...)
+    run = Run(start=(Load("model"), Classes(2)), objective={"bce": Term(SoftLabels())}, ...)
 
-The head of one number gives z, and sigmoid(z) is the score. A number teaches more than yes or no: 0.5 says that the
-text lies on the border, which a label of either kind denies.
+The head is one of two classes, so that a student of scores and one of labels are the same model, and are judged alike:
+z is the logit of the second class less that of the first, and sigmoid(z) the score. A number teaches more than yes or
+no: 0.5 says that the text lies on the border, which a label of either kind denies.
 """
 
 from __future__ import annotations
@@ -21,38 +22,39 @@ from lmx.losses.base import Loss
 
 
 @dataclass(frozen=True)
-class Score(Loss):
-    """-s log sigmoid(z) - (1 - s) log sigmoid(-z), in nats: least where sigmoid(z) is s, and there the entropy of s.
+class SoftLabels(Loss):
+    """-s log sigmoid(z) - (1 - s) log sigmoid(-z), in nats: least, and the entropy of s, where sigmoid(z) is s; its
+    gradient in z is sigmoid(z) - s.
 
-    s is batch entry `scores` [B, T] float32 in [0, 1], and counts where the term's mask does: at a text's last token.
-    Raises: ValueError, when called, for a batch without scores, or a head of more than one number.
+    s is batch entry `scores` [B, T] float32 in [0, 1], of `lmx.tasks.Answers` of a task whose answer is a `Score`, and
+    counts where the term's mask does: at a text's last token.
+    Raises: ValueError, when called, for a batch without scores, or another number of classes.
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2, for two classes at temperature 1.
     """
 
     of_scores: ClassVar[bool] = True
 
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
         z, s = self._pair(out, batch)
-        return -s * jax.nn.log_sigmoid(z) - (1.0 - s) * jax.nn.log_sigmoid(-z)
+        return jax.nn.softplus(z) - s * z
 
     def _pair(self, out, batch):
         name = type(self).__name__
         if "scores" not in batch:
             raise ValueError(
-                f"{name}: the batch has no 'scores'; train on data with a number in [0, 1] per text"
+                f"{name}: the batch has no scores; train on Answers(task, head=True) of a task with answer=Score()"
             )
         logits = out.logits
-        if logits.shape[-1] != 1:
-            raise ValueError(
-                f"{name}: the head gives {logits.shape[-1]} numbers; start=(..., Classes(1)) gives one"
-            )
-        return logits[..., 0], batch["scores"].astype(jnp.float32)
+        if logits.shape[-1] != 2:
+            raise ValueError(f"{name}: {logits.shape[-1]} classes; score with two, start=(..., Classes(2))")
+        return logits[..., 1] - logits[..., 0], batch["scores"].astype(jnp.float32)
 
 
 @dataclass(frozen=True)
-class ScoreLogit(Score):
+class SoftLogits(SoftLabels):
     """(z - logit(s))**2, with s kept within [clip, 1 - clip], whose logits are finite.
 
-    It weighs what is wrong near 0 and 1 more than `Score` does, for teachers whose small scores mean something.
+    It weighs what is wrong near 0 and 1 more than `SoftLabels` does, for teachers whose small scores mean something.
     Source: Ba & Caruana 2014, arXiv:1312.6184, section 2.2.
     """
 

@@ -132,14 +132,16 @@ def by_hand(config, params, tokens):
     N, K, H, T = config.attention.n_heads, config.attention.kv_heads, 8, tokens.shape[1]
     x, causal = p["embed"][np.asarray(tokens)], np.tril(np.ones((T, T), bool))
     angle = np.arange(T)[:, None] * 1e4 ** (-np.arange(0, H, 2) / H)
+
     def turn(y):
-        return (np.concatenate(
-                [
-                    y[..., :4] * np.cos(angle) - y[..., 4:] * np.sin(angle),
-                    y[..., 4:] * np.cos(angle) + y[..., :4] * np.sin(angle),
-                ],
-                -1,
-            ))
+        return np.concatenate(
+            [
+                y[..., :4] * np.cos(angle) - y[..., 4:] * np.sin(angle),
+                y[..., 4:] * np.cos(angle) + y[..., :4] * np.sin(angle),
+            ],
+            -1,
+        )
+
     influence, groups, units = [], [], []
     shares = np.zeros(config.d_model)
     for i in range(config.n_layers):
