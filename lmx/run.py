@@ -32,8 +32,9 @@ class Run:
     objective: named loss terms. start: surgeries on the fresh parameters. trainable: pattern of the paths that learn.
     enrich: what the step adds to each batch. steps: updates; n_micro: parts a batch is cut into to save memory.
     eval_every, save_every: in steps; eval_batches: None means all validation rows. eval_lengths: rows of these lengths
-    are judged too. patience: the run stops early after this many evaluations in a row without a new lowest valid/loss
-    (see `Session.evaluate`); None never stops it. keep: latest checkpoints kept, beside the best. max_skips: updates in
+    are judged too. best: what the best checkpoint has the least of, by its name in an evaluation (`Session.evaluate`); with
+    a minus before it, the most: "-valid/accuracy". patience: the run stops early after this many evaluations in a row
+    without a new best; None never stops it. keep: latest checkpoints kept, beside the best. max_skips: updates in
     a row that may be left out as not finite before the run stops.
     """
 
@@ -51,6 +52,7 @@ class Run:
     eval_every: int = 250
     eval_batches: int | None = None
     eval_lengths: tuple[int, ...] = ()
+    best: str = "valid/loss"
     patience: int | None = None
     save_every: int = 500
     keep: int = 3
@@ -70,8 +72,12 @@ class Run:
             raise ValueError(f"Run: patience={self.patience} must be at least 1, or None to never stop early")
         if self.patience is not None and not (self.data.valid or self.data.valid_share):
             raise ValueError(
-                f"Run: patience={self.patience} waits for a lower held-out loss, and nothing is held out; set "
+                f"Run: patience={self.patience} waits for a better {self.best}, and nothing is held out; set "
                 "data.valid or data.valid_share, or patience=None"
+            )
+        if not self.best.removeprefix("-").startswith("valid/"):
+            raise ValueError(
+                f"Run: best={self.best!r} is not of held-out data; use valid/loss, or -valid/accuracy for the most"
             )
         if any(length < 1 for length in self.eval_lengths):
             raise ValueError(f"Run: eval_lengths={self.eval_lengths} must be at least 1 each")

@@ -21,8 +21,10 @@ from typing import Any
 from lmx import adapt, artifact, evals, plan, tree, values
 from lmx.adapt import Surgery
 from lmx.data import Data, File, prepare
+from lmx.evals.prompting import LESS, metric_of
+from lmx.evals.tasks import judge as answered
 from lmx.losses import Counted, NextToken, Term
-from lmx.models import pretrained
+from lmx.models import build, pretrained
 from lmx.optim import AdamW, Linear
 from lmx.report import page, plots
 from lmx.report.runs import LOSS, read_json, read_metrics
@@ -30,7 +32,7 @@ from lmx.report.stats import Interval
 from lmx.report.table import Table
 from lmx.run import Run, Trained, load, trained
 from lmx.tasks import Answers, Shots, Task, overlap
-from lmx.train import Load, batch_shapes, cache_folder, session
+from lmx.train import Load, Session, State, batch_shapes, cache_folder, metric_names, session
 from lmx.train.checkpoint import find_step
 from lmx.train.live import Live
 from lmx.train.standard import finished
@@ -39,6 +41,8 @@ from lmx.train.standard import run as train
 ADAPTERS = "*/w/[ab]"
 EVALUATIONS = 8
 """Of the held-out loss, over a whole run."""
+HELD = 200
+"""Of the held-out examples, so many are answered at an evaluation that chooses by a task's metric."""
 SHORT = 200
 """Characters of a line that is a heading rather than a paragraph."""
 
@@ -52,6 +56,10 @@ def tuning(
     seq_len: int = 128,
     batch_size: int = 8,
     valid_share: float = 0.05,
+    best: str = "loss",
+    patience: int | None = None,
+    noise: float = 0.0,
+    smoothing: float = 0.0,
     seed: int = 0,
 ) -> Run:
     """The run that `full`, `lora` and the others vary: a model, released or of a run, that learns a task's answers.
@@ -60,10 +68,17 @@ def tuning(
     task's test records are never seen.
     Args:
       examples: so many of the task's training records, drawn by `seed`. epochs: how often each is seen.
-    Raises: FileNotFoundError, ValueError as the files say; ValueError if there is less than one step to make.
+      best: what the best step is chosen by on the held-out examples: "loss", or a metric of the task.
+      patience: evaluations, of EVALUATIONS in a whole run, without a new best after which a run ends; None is never.
+      noise: on embeddings while training (NEFTune, `TransformerConfig.embed_noise`). smoothing: of `NextToken`.
+    Raises: FileNotFoundError, ValueError as the files say; ValueError if there is less than one step to make, or for a
+      metric that the task has not.
     """
     path = Path(path)
     config = pretrained.find(path).config if pretrained.is_released(path) else load(path / "run.txt").model
+    if best != "loss":
+        best = metric_of(task, best)
+    more = best != "loss" and best not in LESS
     data = Data(
         train=(Answers(task, limit=examples, seed=seed),),
         valid_share=valid_share,
@@ -75,12 +90,14 @@ def tuning(
     if steps < 1:
         raise ValueError(f"tuning: epochs={epochs} is less than one step of {batch_size} rows; raise it")
     return Run(
-        model=config,
+        model=replace(config, embed_noise=noise),
         data=data,
-        objective={"ce": Term(Counted(NextToken()))},
+        objective={"ce": Term(Counted(NextToken(smoothing)))},
         start=(Load(str(path)),),
         steps=steps,
         eval_every=max(1, steps // EVALUATIONS),
+        best=f"{'-' if more else ''}valid/{best}",
+        patience=patience,
         save_every=steps,
         keep=1,
         seed=seed,
@@ -165,7 +182,8 @@ def compare(
     for name, run in runs.items():
         made, folder = session(run), out / name
         if not finished(made, folder):
-            result = train(made, folder, sinks=[Live(run.steps, title=name)])
+            sinks = [Live(run.steps, title=name)]
+            result = train(made, folder, sinks=sinks, judge=_held_out_judge(made, task))
             if result.interrupted:
                 raise KeyboardInterrupt(f"saved step {result.step} of {folder}; repeat the command to go on")
         model.check_unchanged(find_step(folder.absolute(), "latest"))
@@ -178,6 +196,23 @@ def compare(
         )
         artifact.write(out / "report.html", report(found, task).html())
     return found
+
+
+def _held_out_judge(made: Session, task: Task) -> Callable[[State], dict[str, float]] | None:
+    """Scores the task on training examples that the run holds out, if its best step is chosen by that."""
+    run = made.run
+    if run.best.removeprefix("-") in metric_names(run):
+        return None
+    held = {document["id"] for document in run.data.documents("valid")}
+    examples = [x for x in task.examples("train") if x.where in held][:HELD]
+    ready = Trained(run, build(run.model), None, made.prepared.tokenizer, None, run.data.seq_len)
+
+    def scores(state: State) -> dict[str, float]:
+        model = ready._replace(params=state.params).for_decoding()
+        found = answered(model, task, examples, [()] * len(examples), resamples=0)
+        return {name: x.value for name, x in found.metrics.items()}
+
+    return scores
 
 
 @dataclass(frozen=True)

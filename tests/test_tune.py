@@ -1,6 +1,7 @@
 """Ways to fine-tune side by side: trained and judged once, and told on one page."""
 
 import shutil
+from dataclasses import replace
 
 import jax
 import pytest
@@ -8,11 +9,14 @@ import pytest
 from lmx import tree, tune
 from lmx.data import Bpe
 from lmx.evals import score
+from lmx.losses import Counted, NextToken
 from lmx.models import TransformerConfig, build, pretrained
 from lmx.nn import AttentionConfig
+from lmx.report.runs import read_metrics
 from lmx.run import trained
 from lmx.tasks import Choices, Number, Records, Shots, Task, Template
 from lmx.train import session
+from lmx.train.checkpoint import best_step
 
 WORDS = {"0": ("बुरी", "उबाऊ", "फीकी"), "1": ("अच्छी", "कमाल", "सुंदर")}
 ROWS = [{"text": f"{WORDS[str(i % 2)][i // 2 % 3]} {i}", "label": i % 2} for i in range(60)]
@@ -85,6 +89,30 @@ def test_side_by_side(run, tmp_path, monkeypatch):
     assert tune.compare(ways, TASK, tmp_path / "out", text=TEXT, shots={"2 shots": Shots(2)}) == found
     with pytest.raises(ValueError, match="holds another run"):
         tune.compare({"head": tune.head(run, lr=1.0)}, TASK, tmp_path / "out", text=TEXT)
+
+
+def test_the_best_step_by_a_score_of_held_out_examples(released, tmp_path):
+    """Chosen by accuracy, with noise and smoothing; each score is that of the held-out questions, asked anew."""
+    run = tune.tuning(
+        released, TASK, epochs=24, seq_len=64, valid_share=0.2, best="accuracy", noise=1.0, smoothing=0.1
+    )
+    assert run.best == "-valid/accuracy" and run.model.embed_noise == 1.0
+    assert run.objective["ce"].loss == Counted(NextToken(0.1))
+    ways = {"full": tune.full(run, lr=3e-3)}
+    (_, found) = tune.compare(ways, TASK, tmp_path / "out")
+    kept = trained(tmp_path / "out" / "full", step="best")
+    held = {x["id"] for x in run.data.documents("valid")}
+    asked = [row for row, x in zip(ROWS[12:], TASK.examples("train")) if x.where in held]
+    right = score(kept, replace(TASK, test=Records(asked))).metrics["accuracy"].value
+    scores = dict(read_metrics(tmp_path / "out" / "full")["valid/accuracy"])
+    best = best_step(tmp_path / "out" / "full" / "checkpoints")
+    assert 0 < len(asked) < 20 and scores[best] == max(scores.values()) == right
+    assert best == min(step for step, x in scores.items() if x == right)
+
+
+def test_a_metric_that_the_task_has_not_is_told(released):
+    with pytest.raises(ValueError, match=r"metric='bleu': समीक्षा is judged by accuracy"):
+        tune.tuning(released, TASK, valid_share=0.2, best="bleu")
 
 
 def test_another_model_under_the_same_name_is_noticed(released, tmp_path):

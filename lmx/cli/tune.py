@@ -4,6 +4,7 @@
   lmx tune MODEL sst2 --data FOLDER --ways full lora:4 lora:64 qlora:16 head --examples 1000
   lmx tune MODEL --test dev.csv --train train.csv --template "{text}\\nMood:" --labels 0=bad,1=good
   lmx tune MODEL sst2 --data FOLDER --shots 8 --text general.txt --limit 200
+  lmx tune MODEL sst2 --data FOLDER --best accuracy --patience 3 --noise 5 --smoothing 0.1
 
 A way is full, lora:RANK, qlora:RANK (on a base in 4 bits) or head (a linear layer on the last hidden state, for tasks
 of choices); RATE@WAY sets a learning rate: 1e-4@full. Of the training records some are held out, to find the best
@@ -48,6 +49,14 @@ class Options(OfTask):
     """Other text, of which the first paragraphs show what is forgotten."""
     valid_share: float = 0.05
     """Of the training records, held out to find the best step by."""
+    best: str = "loss"
+    """What the best step is chosen by on them: loss, or a metric of the task, as accuracy."""
+    patience: int | None = None
+    """Ends a way after so many of its 8 evaluations without a new best."""
+    noise: float = 0.0
+    """On embeddings while training (NEFTune): 5 is usual."""
+    smoothing: float = 0.0
+    """Share of the target spread over all words: 0.1 is usual."""
     seed: int = 0
     out: Path | None = None
     """Folder of runs and report; runs/tune/TASK if not given."""
@@ -71,6 +80,10 @@ def main(argv: list[str]) -> None:
         seq_len=asked.seq_len,
         batch_size=asked.batch_size,
         valid_share=asked.valid_share,
+        best=asked.best,
+        patience=asked.patience,
+        noise=asked.noise,
+        smoothing=asked.smoothing,
         seed=asked.seed,
     )
     out = asked.out or Path("runs", "tune", task.name)

@@ -199,7 +199,7 @@ def sensitivity(
         for k, s, order in itertools.product(ks, range(seeds), range(orders)):
             some = shown(model, here, Shots(k, pick, s, order), train, examples)
             plan.setdefault((number, k, some[0]), (here, examples, some, s, order))
-    metric = _metric(task, metric)
+    metric = metric_of(task, metric)
     ready = model.for_decoding()
     key = _key(model, how, seed)
     found = []
@@ -304,7 +304,7 @@ def search(
     Raises: ValueError if there is one candidate, a budget too small for it, or a prompt that is longer than the model's
       positions; as `score`.
     """
-    metric = _metric(task, metric)
+    metric = metric_of(task, metric)
     done = _Done(out)
     tasks = [
         replace(task, instruction=instruction, template=template)
@@ -498,8 +498,8 @@ def _alone(
     return task, shots if nearest else Shots(len(some), "first")
 
 
-def _metric(task: Task, name: str | None) -> str:
-    """Raises: ValueError for a name that the task's metrics do not give."""
+def metric_of(task: Task, name: str | None) -> str:
+    """A value of the task's metrics, by its name; the first one if none is given. Raises: ValueError for a name that the task's metrics do not give."""
     said = "x"
     if isinstance(task.answer, Choices):
         said = next(iter(task.answer.labels))

@@ -48,11 +48,12 @@ _quiet = _Quiet()
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last `keep` and the one with the lowest `best` metric.
+    """The checkpoints of one run: the last `keep` and the best.
 
     Args:
       folder: made if missing; must be writable.
-      best: the name of a metric given to `save`, lower is better; None keeps none for its metric.
+      best: the name of a metric given to `save`, of which the best has the least, or with a minus before it the most;
+        None keeps none for its metric.
       made_from: data, tokenizer, run file, and the checkpoint resumed from: their hashes go into each
         artifact.
       skip: pattern of paths that are not saved; `restore` leaves them as they are in `like`.
@@ -118,7 +119,8 @@ class Checkpoints:
         leaves = {path: x for path, x in stored.leaves(state).items() if not matches(path, self.skip)}
         shapes = {path: [str(x.dtype), list(x.shape)] for path, x in leaves.items()}
         finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
-        about = {"step": step, "meta": meta, "metrics": finite, "tree": shapes, "passing": passing}
+        about = {"step": step, "meta": meta, "metrics": finite, "best": self.best, "tree": shapes}
+        about["passing"] = passing
         text = json.dumps(about, ensure_ascii=False)
         self._error = _make_folder(self._partial(step)) if jax.process_index() == 0 else None
         if not _all_processes(self._error is None):
@@ -166,12 +168,12 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The kept step with the lowest `best` metric, or None if no kept step has it."""
-        return best_step(self.folder, self.best)
+        """The best of the kept steps, or None if no kept step has the metric."""
+        return best_step(self.folder)
 
     def lowest(self) -> float:
-        """The lowest `best` metric of the kept steps; infinity if none has it."""
-        return min(_values(self.folder, self.best).values(), default=math.inf)
+        """The `best` metric of the best kept step, negative where more is better; infinity if none has it."""
+        return min(_values(self.folder).values(), default=math.inf)
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict]:
         """(state, meta) of a step, or of the newest whole one: values bit for bit, placed as `like` says.
@@ -264,9 +266,9 @@ def steps(folder: str | Path) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
-def best_step(folder: str | Path, metric: str | None = "valid/loss") -> int | None:
-    """The step with the lowest value of a metric, or None if no step has it."""
-    found = _values(folder, metric)
+def best_step(folder: str | Path) -> int | None:
+    """The step that is best by the metric they were saved with, or None if no step has it."""
+    found = _values(folder)
     return min(found, key=found.get, default=None)
 
 
@@ -277,13 +279,21 @@ def _passing(source: Path) -> bool:
     return False
 
 
-def _values(folder: str | Path, metric: str | None) -> dict[int, float]:
-    """A metric of each step that has it."""
+def _values(folder: str | Path) -> dict[int, float]:
+    """What each step is chosen by, less is better, of those that have it."""
     found = {}
     for step in steps(folder):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            found[step] = float(stored.about(Path(folder) / str(step))["metrics"][metric])
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            about = stored.about(Path(folder) / str(step))
+            if about["best"] is not None:
+                found[step] = value_of(about["best"], about["metrics"])
     return found
+
+
+def value_of(best: str, metrics: Mapping[str, float]) -> float:
+    """A metric by its name; negative, so that less is better, where a minus stands before it. Raises: KeyError."""
+    value = metrics[best.removeprefix("-")]
+    return -value if best.startswith("-") else value
 
 
 def load_params(folder: str | Path, like: Any = None, step: int | str = "latest", ema: bool = False) -> Any:
@@ -339,7 +349,7 @@ def find_step(folder: Path, step: int | str) -> Path:
     else:
         raise ValueError(f"load_params: step={step!r}; give a number, 'latest' or 'best'")
     if chosen is None:
-        raise _none_left(folder, "with a valid/loss " if step == "best" else "")
+        raise _none_left(folder, "with what the best is chosen by " if step == "best" else "")
     return _step_folder(folder, chosen)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,9 +20,9 @@ from lmx import artifact, models, values
 from lmx.data.store import explained
 from lmx.optim import Muon, lr_at
 from lmx.train import stored
-from lmx.train.checkpoint import FOLDER, Checkpoints, steps
+from lmx.train.checkpoint import FOLDER, Checkpoints, steps, value_of
 from lmx.train.load import check_unchanged
-from lmx.train.loop import Session, to_host
+from lmx.train.loop import Session, metric_names, to_host
 from lmx.train.metrics import JsonLines, Meter, Sink
 from lmx.train.program import loaded_first
 from lmx.train.record import FILES, record
@@ -68,6 +68,7 @@ def run(
     sinks: Iterable[Sink] = (),
     source: Path | None = None,
     base: Any = None,
+    judge: Callable[[State], Mapping[str, float]] | None = None,
 ) -> Result:
     """Trains to the end, or until its patience is spent, from the newest checkpoint in `out` if there is one.
 
@@ -77,21 +78,26 @@ def run(
       sinks: further places for metrics, such as the live display; `out` has metrics.jsonl without being asked.
       source: the experiment file, copied beside the results.
       base: the run that this one varies; what differs is written beside the results.
+      judge: more of an evaluation, such as a task's score: name -> value, told as valid/NAME. `Run.best` may name it.
     A checkpoint that cannot be written, but for the last, is a warning: training goes on and the next one is tried.
-    Nothing is saved within a streak of updates that are not finite, so that the good ones before it stay; every lowest
-    held-out loss is saved, whatever `save_every` says.
-    Raises: ValueError if `out` holds another run, or another process trains there; OSError if it cannot be
-      written; Diverged after `max_skips` updates in a row that are not finite.
+    Nothing is saved within a streak of updates that are not finite, so that the good ones before it stay; every best
+    by `Run.best` is saved, whatever `save_every` says.
+    Raises: ValueError if `out` holds another run, another process trains there, or `Run.best` is of no evaluation;
+      OSError if it cannot be written; Diverged after `max_skips` updates in a row that are not finite.
     """
     out = Path(out)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     with artifact.alone(out / ".lock") if jax.process_index() == 0 else nullcontext():
-        return _run(session, out, sinks, source, base)
+        return _run(session, out, sinks, source, base, judge)
 
 
-def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None, base: Any) -> Result:
+def _run(
+    session: Session, out: Path, sinks: Iterable[Sink], source: Path | None, base: Any, judge: Callable | None
+) -> Result:
     plan, prepared = session.run, session.prepared
+    if judge is None:
+        _check_best(plan, metric_names(plan))
     origin = artifact.Artifact(
         "run", artifact.hash_text(values.show(plan) + "\n"), str((out / "run.txt").absolute())
     )
@@ -99,6 +105,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
     checkpoints = Checkpoints(
         out / FOLDER,
         keep=plan.keep,
+        best=plan.best,
         made_from=(*prepared.made_from, origin, *(load.files() if load else ()), *plan.enrich.files()),
         skip="constants/*|frozen/*" if load else "constants/*",
     )
@@ -133,6 +140,9 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
     def evaluate(step: int) -> None:
         meter.pause()
         valid.update(session.evaluate(state))
+        if judge is not None:
+            valid.update({f"valid/{name}": x for name, x in judge(state).items()})
+            _check_best(plan, valid)
         meter.resume()
         for sink in log:
             sink.write(step, valid)
@@ -169,8 +179,9 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
                     except Exception:  # whatever it is, what was trained is worth keeping
                         save(step)
                         raise
-                    best = valid["valid/loss"] < lowest
-                    lowest = min(lowest, valid["valid/loss"]) if best else lowest
+                    value = value_of(plan.best, valid)
+                    best = value < lowest
+                    lowest = value if best else lowest
                     waited = 0 if best else waited + 1
                 ends = last or stopping or _spent(plan, waited)
                 regular = ends or (step % plan.save_every == 0 and not latest["streak"])
@@ -187,8 +198,10 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
     early = ""
     if _spent(plan, waited) and step < plan.steps:
         best = checkpoints.best_step()
-        than = "that is finite" if best is None else f"lower than {lowest:.4f} of step {best}"
-        early = f"{waited} evaluations without a valid/loss {than}"
+        more = plan.best.startswith("-")
+        than = f"{'higher' if more else 'lower'} than {-lowest if more else lowest:.4f} of step {best}"
+        than = "that is finite" if best is None else than
+        early = f"{waited} evaluations without a {plan.best.removeprefix('-')} {than}"
     if first:
         facts = {"step": step} | ({"early": early} if early else {})
         artifact.record(out / "run.txt", "run", made_from=prepared.made_from, facts=facts)
@@ -196,13 +209,20 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
 
 
 def _spent(plan: Any, waited: int) -> bool:
-    """Whether a run stops early after this many evaluations without a new lowest loss."""
+    """Whether a run stops early after this many evaluations without a new best."""
     return plan.patience is not None and waited >= plan.patience
+
+
+def _check_best(plan: Any, known: Iterable[str]) -> None:
+    """Raises: ValueError if the best checkpoint is chosen by what no evaluation yields."""
+    held_out = [name for name in known if name.startswith("valid/")]
+    if held_out and plan.best.removeprefix("-") not in held_out:
+        raise ValueError(f"Run: best={plan.best!r} is none of {', '.join(held_out)}; name one of them")
 
 
 def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State, int, int]:
     """The newest checkpoint's state, if it is of this run, or a fresh one; its step; and the evaluations it had waited
-    for a new lowest loss."""
+    for a new best."""
     if checkpoints.latest() is None:
         _check_free(session, out)
         return session.init(), 0, 0

@@ -119,7 +119,7 @@ def check_same(tree: Mapping[str, tuple], wanted: Mapping[str, Any], folder: Pat
 
 
 def about(folder: Path) -> dict:
-    """The checked content of meta.json: step, meta, metrics, tree {path: (dtype, shape)}, passing.
+    """The checked content of meta.json: step, meta, metrics, best, tree {path: (dtype, shape)}, passing.
 
     Raises: FileNotFoundError, ValueError.
     """
@@ -132,6 +132,9 @@ def about(folder: Path) -> dict:
         metrics = {name: float(value) for name, value in found["metrics"].items()}
         made = {"step": int(found["step"]), "meta": dict(found["meta"]), "metrics": metrics, "tree": tree}
         made["passing"] = found.get("passing") is True
+        made["best"] = found.get("best", "valid/loss")
+        if not isinstance(made["best"], str | None):
+            raise TypeError(f"best is {made['best']!r}")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder / META}: not the description of a checkpoint ({error})") from None
     for path, (dtype, shape) in tree.items():

@@ -77,7 +77,7 @@ def test_it_is_least_at_the_score_itself_finite_far_away_and_the_same_in_slices(
 
 def test_what_does_not_fit_is_refused():
     out, data = example()
-    with pytest.raises(ValueError, match="Score: the batch has no 'scores'"):
+    with pytest.raises(ValueError, match="SoftLabels: the batch has no scores"):
         SoftLabels()(out, batch(B, T, 2))
     with pytest.raises(
         ValueError, match=r"SoftLogits: 3 classes; score with two, start=\(..., Classes\(2\)\)"

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmx import artifact
 from lmx.train import stored
-from lmx.train.checkpoint import Checkpoints, load_params
+from lmx.train.checkpoint import Checkpoints, best_step, load_params
 from lmx.weights import Weight, leaf, static
 
 
@@ -137,6 +137,15 @@ def test_keeps_the_last_and_the_best(tmp_path):
     here.close()
     assert here.steps() == [2, 5, 6] and here.best_step() == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "5", "6"]
+
+
+def test_the_best_may_be_the_most(tmp_path):
+    here = Checkpoints(tmp_path, keep=1, best="-valid/accuracy")
+    for step, accuracy in {1: 0.5, 2: 0.9, 3: 0.7, 4: float("nan"), 5: 0.8}.items():
+        here.save(step, {"w": jnp.full(3, step)}, {}, {"valid/accuracy": accuracy, "valid/loss": step})
+    here.close()
+    assert here.steps() == [2, 5] and here.best_step() == 2 and here.lowest() == -0.9
+    assert stored.about(tmp_path / "2")["best"] == "-valid/accuracy" and best_step(tmp_path) == 2
 
 
 def test_artifact_names_content_and_ancestors(tmp_path):

@@ -84,7 +84,8 @@ def test_more_patience_goes_on_and_none_goes_to_the_end(session, whole, tmp_path
     shutil.copytree(out, tmp_path / "run")
     more = replace(session, run=replace(session.run, patience=4))
     assert not standard.finished(more, tmp_path / "run")
-    assert standard.run(more, tmp_path / "run").step == result.step + 3
+    step = standard.run(more, tmp_path / "run").step
+    assert step >= result.step + 3 and step == best_step(tmp_path / "run" / "checkpoints") + 4 * 3
     changed = [
         json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -97,3 +98,26 @@ def test_what_cannot_be_waited_for_is_refused():
     with pytest.raises(ValueError, match=r"nothing is held out; set data\.valid or data\.valid_share"):
         replace(RUN, data=replace(RUN.data, valid_share=0.0))
     assert RUN.override({"patience": "none"}).patience is None
+
+
+def test_it_waits_for_the_most_of_a_metric_that_is_given(session, tmp_path):
+    """A score that rises to step 6, and falls: the best is there, though the loss still falls."""
+    score = {3: 0.5, 6: 0.75, 9: 0.7, 12: 0.75, 15: 0.1}
+    by_score = replace(session, run=replace(session.run, best="-valid/accuracy"))
+    out = tmp_path / "run"
+    found = standard.run(by_score, out, judge=lambda state: {"accuracy": score[int(state.step)]})
+    assert found.step == 15 and best_step(out / "checkpoints") == 6
+    assert found.early == "3 evaluations without a valid/accuracy higher than 0.7500 of step 6"
+    told = {step: line["valid/accuracy"] for step, line in metrics(out) if "valid/accuracy" in line}
+    assert told == score
+    assert train.standard.finished(by_score, out)
+
+
+def test_a_best_of_nothing_is_told(session, tmp_path):
+    unknown = replace(session, run=replace(session.run, best="-valid/accuracy"))
+    with pytest.raises(ValueError, match=r"best='-valid/accuracy' is none of valid/loss; name one"):
+        standard.run(unknown, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"is none of valid/loss, valid/f1; name one"):
+        standard.run(unknown, tmp_path / "run", judge=lambda state: {"f1": 0.5})
+    with pytest.raises(ValueError, match=r"best='accuracy' is not of held-out data; use valid/loss"):
+        replace(RUN, best="accuracy")
