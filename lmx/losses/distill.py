@@ -90,17 +90,20 @@ class Divergence(Loss):
         if k >= V:
             chosen = jnp.where(known, chosen, NOTHING)
             return tuple(jax.nn.log_softmax(x / self.temperature) for x in (log_p, chosen))
-        if self.temperature != 1.0:
-            raise ValueError(
-                f"{self}: this teacher's {k} likeliest tokens of {V} were stored at temperature 1, and how the others "
-                "would share their mass at another is not known; use temperature=1.0, or enrich=Teacher(path)"
-            )
+        self._check_as_stored(k)
         log_z = jax.nn.logsumexp(student, -1, keepdims=True)
         others = jnp.put_along_axis(student, ids, -jnp.inf, -1, inplace=False, mode="drop")
         tail_p = jnp.log(jnp.maximum(1.0 - jnp.exp(log_p).sum(-1, keepdims=True), LEAST))
         tail_q = jax.nn.logsumexp(others, -1, keepdims=True) - log_z
         log_q = jnp.where(known, chosen - log_z, NOTHING)
         return jnp.concatenate([log_p, tail_p], -1), jnp.concatenate([log_q, tail_q], -1)
+
+    def _check_as_stored(self, k):
+        if self.temperature != 1.0:
+            raise ValueError(
+                f"{self}: of this teacher {k} likeliest tokens were stored, at temperature 1, and how the others would "
+                "share their mass at another is not known; use temperature=1.0, or enrich=Teacher(path)"
+            )
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ class Uld(Divergence):
 
     def _stored(self, student, ids, log_p):
         k = min(log_p.shape[-1], student.shape[-1])
+        self._check_as_stored(k)
         p, q = (jnp.exp(_sorted(x)) for x in (log_p.astype(jnp.float32), jax.nn.log_softmax(student)))
         cells = [jnp.concatenate([x[..., :k], 1.0 - x[..., :k].sum(-1, keepdims=True)], -1) for x in (p, q)]
         return tuple(jnp.log(jnp.maximum(x, LEAST)) for x in cells)
