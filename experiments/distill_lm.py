@@ -12,7 +12,8 @@ is embedding still:
         eighth    16.8 M    15 layers,    d 192, 6 heads, feed-forward   512       embedding  9.4 M
 
 Judged on held-out text: bits per byte, KL from the teacher and the share of equal likeliest tokens; tokens per second
-of one row; and as a draft of its teacher in speculative decoding, greedy: the share of 4 drafted tokens that it accepts.
+of one row; and, as a draft of its teacher in speculative decoding, the share of its tokens that the teacher accepts,
+4 drafted at a time, greedily.
 
 Run:    python experiments/distill_lm.py --small            (about 20 minutes on 2 CPU cores, 30 thousand tokens each)
         python experiments/distill_lm.py                    (16 million tokens each: an hour on a GPU)
@@ -55,6 +56,7 @@ OBJECTIVES = {
     "kl": {"kd": Term(Chunked(ForwardKL()))},
     "ce": {"ce": Term(Chunked(NextToken()))},
 }
+CALIBRATION = ("--samples", "32", "--length", "256")
 PROMPTS, DRAFTED, MOST = 4, 4, 32
 """Beginnings of held-out text that the teacher goes on with, tokens drafted in a round, and tokens written."""
 MEASURES = {
@@ -123,9 +125,7 @@ def prune(out: Path, sizes: list[str]) -> None:
         if not folder.exists():
             shape = [word for name, n in SIZES[size].items() for word in (names[name], str(n))]
             text = f'Text("{WIKI}", span=(0.0, 0.5))'
-            cli.main(
-                ["shrink", str(teacher()), str(folder), *shape, "--calibration", text, "--length", "256"]
-            )
+            cli.main(["shrink", str(teacher()), str(folder), *shape, "--calibration", text, *CALIBRATION])
 
 
 def trained_in(folder: Path, run: Run) -> None:
