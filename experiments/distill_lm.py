@@ -12,11 +12,12 @@ is embedding still:
         eighth    16.8 M    15 layers,    d 192, 6 heads, feed-forward   512       embedding  9.4 M
 
 Judged on held-out text: bits per byte, KL from the teacher and the share of equal likeliest tokens; tokens per second
-of one row; and as a draft of its teacher in speculative decoding, greedy: the share of 4 drafted tokens that it accepts.
+of one row; and, as a draft of its teacher in speculative decoding, the share of its tokens that the teacher accepts,
+4 drafted at a time, greedily.
 
 Run:    python experiments/distill_lm.py --small            (about 20 minutes on 2 CPU cores, 30 thousand tokens each)
         python experiments/distill_lm.py                    (16 million tokens each: an hour on a GPU)
-        python experiments/distill_lm.py --sizes half --seeds 3
+        python experiments/distill_lm.py --sizes half --ways kl gkd --seeds 3    (half of the batches its own writing)
         lmx train experiments/distill_lm.py --variant quarter-pruned-kl      (one, after --prune has made the starts)
         Each repeats nothing that is done: repeat a command to go on where it stopped.
 Data:   $LMX_DATA, or data: the first half of wikitext2/valid.txt, shakespeare/input.txt and debian-summaries'
@@ -32,7 +33,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from lmx import Run, artifact, cli
+from lmx import Run, artifact
 from lmx import train as training
 from lmx.data import Data, File, Jsonl, Text
 from lmx.losses import Chunked, ForwardKL, NextToken, Term
@@ -41,7 +42,7 @@ from lmx.quickstart.packages import unpacked
 from lmx.quickstart.released import FILE, FILE_SHA256, SMOLLM2
 from lmx.report.stats import Interval, mean_interval
 from lmx.report.table import Table
-from lmx.train import Load, Teacher
+from lmx.train import Enrich, Load, OnPolicy, Teacher
 
 DATA = Path(os.environ.get("LMX_DATA", "data"))
 WIKI = DATA / "wikitext2" / "valid.txt"
@@ -51,10 +52,12 @@ SIZES = {
     "quarter": {"n_layers": 18, "d_ff": 768, "d_model": 288},
     "eighth": {"n_layers": 15, "n_heads": 6, "d_ff": 512, "d_model": 192},
 }
-OBJECTIVES = {
+WAYS = {
     "kl": {"kd": Term(Chunked(ForwardKL()))},
     "ce": {"ce": Term(Chunked(NextToken()))},
+    "gkd": {"kd": Term(Chunked(ForwardKL()))},
 }
+"""What is learned: of "gkd" half of the batches are the student's own (lmx.train.OnPolicy)."""
 PROMPTS, DRAFTED, MOST = 4, 4, 32
 """Beginnings of held-out text that the teacher goes on with, tokens drafted in a round, and tokens written."""
 MEASURES = {
@@ -75,12 +78,14 @@ def base(small: bool = False, out: Path = OUT) -> Run:
 
 
 def variants(small: bool = False, out: Path = OUT) -> dict[str, Run]:
-    """Size, start, objective -> run; those of a pruned start read it from `out`, where --prune puts it."""
+    """Size, start, way -> run; those of a pruned start read it from `out`, where --prune puts it."""
     from lmx.adapt import smaller
     from lmx.models import pretrained
 
     path = teacher()
     config = pretrained.find(path).config
+    online = Teacher(str(path))
+    enrich = {"kl": online, "ce": Enrich(), "gkd": OnPolicy(online, share=0.5, prompt=32, new=64)}
     data = Data(
         train=(
             Text(str(WIKI), span=(0.0, 0.5)),
@@ -99,14 +104,14 @@ def variants(small: bool = False, out: Path = OUT) -> dict[str, Run]:
     for size, shape in SIZES.items():
         model = replace(smaller(config, **shape), remat="none" if small else "dots")
         for start in ("pruned", "random"):
-            for objective, terms in OBJECTIVES.items():
-                found[f"{size}-{start}-{objective}"] = Run(
+            for way, objective in WAYS.items():
+                found[f"{size}-{start}-{way}"] = Run(
                     model=model,
                     data=data,
                     optim=AdamW(lr=5e-4 if start == "pruned" else 1e-3, schedule=Linear(0.05)),
-                    objective=terms,
+                    objective=objective,
                     start=(Load(str(out / "pruned" / size)),) if start == "pruned" else (),
-                    enrich=Teacher(str(path)) if objective == "kl" else Run().enrich,
+                    enrich=enrich[way],
                     steps=60 if small else 4000,
                     eval_every=1000,
                     save_every=1000,
@@ -116,16 +121,19 @@ def variants(small: bool = False, out: Path = OUT) -> dict[str, Run]:
 
 
 def prune(out: Path, sizes: list[str]) -> None:
-    """The starts that are not there yet."""
-    names = {"n_layers": "--layers", "n_heads": "--heads", "d_ff": "--ff", "d_model": "--d-model"}
-    for size in sizes:
-        folder = out / "pruned" / size
-        if not folder.exists():
-            shape = [word for name, n in SIZES[size].items() for word in (names[name], str(n))]
-            text = f'Text("{WIKI}", span=(0.0, 0.5))'
-            cli.main(
-                ["shrink", str(teacher()), str(folder), *shape, "--calibration", text, "--length", "256"]
-            )
+    """The starts that are not there yet, chosen by one look at the calibration text."""
+    from lmx.cli import shrink
+    from lmx.run import trained
+
+    names = {"n_layers": "layers", "n_heads": "heads", "d_ff": "ff", "d_model": "d_model"}
+    text = f'Text("{WIKI}", span=(0.0, 0.5))'
+    missing = [size for size in sizes if not (out / "pruned" / size).exists()]
+    if missing:
+        model, look = trained(teacher()), shrink.Options(teacher(), out, text, samples=32, length=256)
+        found, facts = shrink.measured(look, model)
+        for size in missing:
+            shape = {names[name]: n for name, n in SIZES[size].items()}
+            shrink.write(replace(look, out=out / "pruned" / size, **shape), model, found, facts)
 
 
 def trained_in(folder: Path, run: Run) -> None:
@@ -214,6 +222,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="60 steps of 4 x 128 tokens")
     parser.add_argument("--steps", type=int, help="updates, of both settings")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--ways", nargs="+", default=["kl", "ce"], choices=list(WAYS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--windows", type=int, help="of held-out text, 16 of 512 tokens or 8 of 256")
     parser.add_argument("--prune", action="store_true", help="make the pruned starts, and nothing else")
@@ -229,7 +238,7 @@ def main() -> None:
         f"{name}/{seed}": replace(run, seed=seed, steps=asked.steps or run.steps)
         for seed in range(asked.seeds)
         for name, run in variants(asked.small, asked.out).items()
-        if name.split("-")[0] in asked.sizes
+        if name.split("-")[0] in asked.sizes and name.split("-")[2] in asked.ways
     }
     steps = next(iter(runs.values())).steps
     setting = f"{steps} steps{', small' if asked.small else ''}, {windows} windows of {length}"

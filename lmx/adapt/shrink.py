@@ -103,21 +103,22 @@ def worth(
         heads = jnp.einsum("kid,kikj,kjd->k", o, read, o)
         units = jnp.diag(stats["mlp"]["down"]["w"].gram) * _norms(mlp["down"]["w"])
         of_attn, of_mlp = (jnp.diag(s.gram) for s in (stats["attn"]["q"]["w"], stats["mlp"]["up"]["w"]))
-        features = _share(of_attn * sum(_norms(attn[name]["w"]) for name in "qkv"))
-        features += _share(of_mlp * sum(_norms(mlp[name]["w"]) for name in ("up", "gate") if name in mlp))
+        attn_reads = of_attn * sum(_norms(attn[name]["w"]) for name in "qkv")
+        mlp_reads = of_mlp * sum(_norms(mlp[name]["w"]) for name in ("up", "gate") if name in mlp)
+        features = jnp.stack([attn_reads, mlp_reads])
         sizes = {
             name: size / jnp.square(of_layer[name]["scale"] + offset)
             for name, size in (("attn_norm", of_attn), ("mlp_norm", of_mlp))
         }
         n = stats["attn"]["q"]["w"].n
-        return y, (apart.mean(), heads / n, units / n, features, jax.tree.map(lambda x: x / n, sizes))
+        return y, (apart.mean(), heads / n, units / n, features / n, jax.tree.map(lambda x: x / n, sizes))
 
     @jax.jit
     def last(params, x):
         out = layers.leave(params, x)
         head = out.head.dense() if isinstance(out.head, Weight) else out.head
         size = jnp.square(out.hidden.astype(jnp.float32)).mean((0, 1))
-        return _share(size * _norms(head)), size / jnp.square(params["norm"]["scale"] + offset)
+        return size * _norms(head), size / jnp.square(params["norm"]["scale"] + offset)
 
     rest = {name: x for name, x in params.items() if name != "blocks"}
     n_layers = tree.depth(params["blocks"])
@@ -139,9 +140,11 @@ def worth(
         seen(i + 1, n_layers)
     of_head, size = mean([last(params, x) for x in xs])
     influence, heads, units, features, sizes = jax.tree.map(lambda *x: np.stack(x), *made)
+    reads = np.concatenate([*features, of_head[None]])
+    features = (reads / np.maximum(reads.sum(-1, keepdims=True), 1e-30)).mean(0)
     read = config.placement in ("pre", "sandwich")
     sizes = {f"blocks/{name}": x for name, x in sizes.items() if read} | ({"norm": size} if read else {})
-    return Worth(influence, heads, units, (features.sum(0) + of_head) / (2 * n_layers + 1), sizes)
+    return Worth(influence, heads, units, features, sizes)
 
 
 def spread(n: int, of: int) -> tuple[int, ...]:
@@ -331,7 +334,3 @@ def _rescaled(config, params, sizes, layers, features) -> Any:
 
 def _norms(w: Float[Array, "d_in d_out"]) -> Float[Array, " d_in"]:
     return jnp.square(w.astype(jnp.float32)).sum(-1)
-
-
-def _share(x: Float[Array, " D"]) -> Float[Array, " D"]:
-    return x / jnp.maximum(x.sum(), 1e-30)

@@ -75,15 +75,42 @@ def main(argv: list[str]) -> None:
     if asked.evenly and asked.layers is None:
         raise ValueError("--evenly says which layers to keep; say how many: --layers N")
     from lmx.adapt import smaller
-    from lmx.cli.folder import new_folder
     from lmx.run import trained
-    from lmx.tree import count
 
     step = cli.step_of(asked.model, asked.step) if (asked.model / "run.txt").exists() else 0
     model = trained(asked.model, step, asked.ema)
     smaller(model.run.model, **_shape(asked, model.run.model))  # what cannot be is said before the work
+    write(asked, model, *measured(asked, model))
+
+
+def measured(asked: Options, model) -> tuple[Any, dict]:
+    """What each part of a model is worth on the calibration text, and what is to be said of that."""
+    from lmx.adapt import worth
+    from lmx.cli.progress import Steps
+    from lmx.cli.quantize import hashed, windows
+    from lmx.models import layers
+
+    seen = windows(asked.calibration, model, asked.samples, asked.length)
+    with Steps("layers") as progress:
+        found = worth(model.run.model, layers(model.run.model), model.params, seen, seen=progress)
+    return found, {
+        "calibration": asked.calibration,
+        "calibration tokens": int(seen.size),
+        "calibration hash": hashed(seen),
+        "influence of each layer": [round(float(x), 6) for x in found.layers],
+    }
+
+
+def write(asked: Options, model, found, facts: dict) -> None:
+    """The smaller model, in its folder, and if asked for its report."""
+    from lmx.adapt import shrink
+    from lmx.cli.folder import new_folder
+    from lmx.tree import count
+
+    shape = _shape(asked, model.run.model)
+    facts = facts | {"shape": {name: str(size) for name, size in shape.items() if size is not None}}
     with new_folder(asked.out) as folder:
-        config, params, facts, found = made(asked, model)
+        config, params = shrink(model.run.model, model.params, found, **shape)
         _save(asked, model, config, params, facts, folder)
         if asked.report:
             rows = judged(asked, model, {"worth most": (config, params), **_at_random(asked, model, found)})
@@ -93,28 +120,6 @@ def main(argv: list[str]) -> None:
     print(
         f"wrote {asked.out}: {after:,} parameters, {after / before:.0%} of {before:,}; train it on, and it heals"
     )
-
-
-def made(asked: Options, model) -> tuple[Any, Any, dict, Any]:
-    """The smaller configuration and parameters, what is to be said of them, and what each part was found worth."""
-    from lmx.adapt import shrink, worth
-    from lmx.cli.progress import Steps
-    from lmx.cli.quantize import hashed, windows
-    from lmx.models import layers
-
-    large = model.run.model
-    seen = windows(asked.calibration, model, asked.samples, asked.length)
-    with Steps("layers") as progress:
-        found = worth(large, layers(large), model.params, seen, seen=progress)
-    config, params = shrink(large, model.params, found, **_shape(asked, large))
-    facts = {
-        "calibration": asked.calibration,
-        "calibration tokens": int(seen.size),
-        "calibration hash": hashed(seen),
-        "shape": {name: str(size) for name, size in _shape(asked, large).items() if size is not None},
-        "influence of each layer": [round(float(x), 6) for x in found.layers],
-    }
-    return config, params, facts, found
 
 
 def judged(asked: Options, model, students: dict[str, tuple[Any, Any]]):

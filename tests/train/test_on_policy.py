@@ -1,4 +1,4 @@
-"""What a student writes within the step: it is its own, it alone counts, and a resumed run writes it again."""
+"""What a student writes within the step: it is its own, it alone counts, and a resumed run writes the same."""
 
 import shutil
 from dataclasses import replace
