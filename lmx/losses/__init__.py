@@ -8,7 +8,6 @@ from lmx.losses.match import MatchHidden, MatchRelations
 from lmx.losses.next_token import NextToken, ZLoss, log_p
 from lmx.losses.objective import Term, counts, reads, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
-from lmx.losses.scores import Score, ScoreLogit
 
 __all__ = [
     "Chunked",
@@ -27,8 +26,6 @@ __all__ = [
     "Preferred",
     "ReverseKL",
     "RouterZLoss",
-    "Score",
-    "ScoreLogit",
     "Term",
     "TotalVariation",
     "Uld",

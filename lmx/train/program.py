@@ -130,8 +130,8 @@ def rest_of(start: tuple[Surgery, ...]) -> Callable:
 
 def judged(run: Any) -> dict[str, losses.Term]:
     """What held-out data is judged by: its next tokens, whatever a run learns, so that runs compare; but a run that
-    learns from pairs or scores by its own objective."""
-    if any(term.loss.of_pairs or term.loss.of_scores for term in run.objective.values()):
+    learns from pairs by its own objective."""
+    if any(term.loss.of_pairs for term in run.objective.values()):
         return run.objective
     return {"loss": losses.Term(_CrossEntropy())}
 
@@ -140,10 +140,7 @@ def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The abstract batch of a run: [B, T] each, rows over data and fsdp."""
     shape = (run.data.batch_size, run.data.seq_len)
     sharding = NamedSharding(mesh, meshes.BATCH)
-    dtypes = dict(BATCH_DTYPES)
-    for term in run.objective.values():
-        dtypes |= PAIR_DTYPES if term.loss.of_pairs else {}
-        dtypes |= {"scores": np.float32} if term.loss.of_scores else {}
+    dtypes = BATCH_DTYPES | (PAIR_DTYPES if judged(run) is run.objective else {})
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
 
 
