@@ -8,6 +8,7 @@ from lmx.losses.match import MatchHidden, MatchRelations
 from lmx.losses.next_token import NextToken, ZLoss, log_p
 from lmx.losses.objective import Term, counts, reads, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
+from lmx.losses.score import SoftLabels
 
 __all__ = [
     "Chunked",
@@ -26,6 +27,7 @@ __all__ = [
     "Preferred",
     "ReverseKL",
     "RouterZLoss",
+    "SoftLabels",
     "Term",
     "TotalVariation",
     "Uld",

@@ -32,6 +32,7 @@ BATCH_DTYPES = {
     "segment_ids": np.int32,
 }
 PAIR_DTYPES = {"rejected_mask": np.float32, "pair_mask": np.float32}
+TEACHER_DTYPES = {"teacher_ids": np.int32, "teacher_log_p": np.float32}
 
 
 class Program(NamedTuple):
@@ -137,11 +138,18 @@ def judged(run: Any) -> dict[str, losses.Term]:
 
 
 def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The abstract batch of a run: [B, T] each, rows over data and fsdp."""
+    """The abstract batch of a run: [B, T] each, or [B, T, k] of a teacher's labels, rows over data and fsdp."""
     shape = (run.data.batch_size, run.data.seq_len)
     sharding = NamedSharding(mesh, meshes.BATCH)
     dtypes = BATCH_DTYPES | (PAIR_DTYPES if judged(run) is run.objective else {})
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    if any(getattr(one, "scored", False) for one in run.data.train):
+        dtypes = dtypes | {"scores": np.float32}
+    found = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    if run.data.teacher is not None:
+        shape = (*shape, run.data.teacher.width)
+        for name, dtype in TEACHER_DTYPES.items():
+            found[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return found
 
 
 def _placed(state: State, mesh: Mesh) -> State:
