@@ -66,9 +66,9 @@ def variants() -> dict[str, Run]:
         run,
         model=replace(run.model, d_model=64, n_layers=2),
         data=replace(run.data, train=(Text(FILE, span=(0.0, 0.09)),)),
-        steps=400,
-        eval_every=400,
-        save_every=400,
+        steps=200,
+        eval_every=200,
+        save_every=200,
     )
 
     def taught(loss, teacher=None, **more):

@@ -8,7 +8,7 @@ from lmx.losses.match import MatchHidden, MatchRelations
 from lmx.losses.next_token import NextToken, ZLoss, log_p
 from lmx.losses.objective import Term, counts, reads, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
-from lmx.losses.scores import SoftLabels, SoftLogits
+from lmx.losses.score import SoftLabels, SoftLogits
 
 __all__ = [
     "Chunked",

@@ -93,7 +93,6 @@ def program(run: Any, mesh: Mesh) -> Program:
     )
 
     def step(state, batch, **more):
-        batch = run.enrich.before(model, state, batch, more.get("salt", 0))
         return one_step(state, hide(batch), **more)
 
     fresh_state = jax.jit(init, out_shardings=first, donate_argnums=0)
@@ -132,8 +131,8 @@ def rest_of(start: tuple[Surgery, ...]) -> Callable:
 
 def judged(run: Any) -> dict[str, losses.Term]:
     """What held-out data is judged by: its next tokens, whatever a run learns, so that runs compare; but a run that
-    learns from pairs or scores by its own objective."""
-    if any(term.loss.of_pairs or term.loss.of_scores for term in run.objective.values()):
+    learns from pairs by its own objective."""
+    if any(term.loss.of_pairs for term in run.objective.values()):
         return run.objective
     return {"loss": losses.Term(_CrossEntropy())}
 
@@ -142,11 +141,9 @@ def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The abstract batch of a run: [B, T] each, or [B, T, k] of a teacher's labels, rows over data and fsdp."""
     shape = (run.data.batch_size, run.data.seq_len)
     sharding = NamedSharding(mesh, meshes.BATCH)
-    dtypes = dict(BATCH_DTYPES)
-    if any(term.loss.of_pairs for term in run.objective.values()):
-        dtypes |= PAIR_DTYPES
+    dtypes = BATCH_DTYPES | (PAIR_DTYPES if judged(run) is run.objective else {})
     if any(getattr(one, "scored", False) for one in run.data.train):
-        dtypes |= {"scores": np.float32}
+        dtypes = dtypes | {"scores": np.float32}
     found = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     if run.data.teacher is not None:
         shape = (*shape, run.data.teacher.width)

@@ -1,17 +1,10 @@
-"""Learning a number in [0, 1] per text: what a teacher makes of it, or the share of annotators who say yes.
-
-    run = Run(start=(Load("model"), Classes(2)), objective={"bce": Term(SoftLabels())}, ...)
-
-The head is one of two classes, so that a student of scores and one of labels are the same model, and are judged alike:
-z is the logit of the second class less that of the first, and sigmoid(z) the score. A number teaches more than yes or
-no: 0.5 says that the text lies on the border, which a label of either kind denies.
-"""
+"""Learning a number in [0, 1]: what a teacher makes of a text, or the share of annotators who say yes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +16,21 @@ from lmx.losses.base import Loss
 
 @dataclass(frozen=True)
 class SoftLabels(Loss):
-    """-s log sigmoid(z) - (1 - s) log sigmoid(-z), in nats: least, and the entropy of s, where sigmoid(z) is s; its
-    gradient in z is sigmoid(z) - s.
+    """-s log p - (1 - s) log(1 - p) in nats, where p is the probability of the second of two classes and s the score;
+    least, and then the entropy of s, at p = s. Its gradient in the logits' difference is p - s.
 
-    s is batch entry `scores` [B, T] float32 in [0, 1], of `lmx.tasks.Answers` of a task whose answer is a `Score`, and
-    counts where the term's mask does: at a text's last token.
-    Raises: ValueError, when called, for a batch without scores, or another number of classes.
+    Batches have `scores` [B, T] from `lmx.tasks.Answers` of a task whose answer is a `Score`; the head is
+    `lmx.adapt.Classes(2)`.
+    Raises: ValueError, when called, for a batch without scores or another number of classes.
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2, for two classes at temperature 1.
     """
-
-    of_scores: ClassVar[bool] = True
 
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
         z, s = self._pair(out, batch)
         return jax.nn.softplus(z) - s * z
 
     def _pair(self, out, batch):
+        """(the logit of p, s)"""
         name = type(self).__name__
         if "scores" not in batch:
             raise ValueError(
@@ -52,7 +44,7 @@ class SoftLabels(Loss):
 
 @dataclass(frozen=True)
 class SoftLogits(SoftLabels):
-    """(z - logit(s))**2, with s kept within [clip, 1 - clip], whose logits are finite.
+    """(z - log(s / (1 - s)))**2, z the logit of p, with s kept within [clip, 1 - clip], where that is finite.
 
     It weighs what is wrong near 0 and 1 more than `SoftLabels` does, for teachers whose small scores mean something.
     Source: Ba & Caruana 2014, arXiv:1312.6184, section 2.2.
