@@ -1,6 +1,6 @@
 """A teacher labels in bulk, for students to learn from.
 
-  lmx distill label TEACHER corpus.txt --out labels             its 64 likeliest tokens after every token, and their tail
+  lmx distill label TEACHER corpus.txt --out labels             the 64 likeliest after every token, and the tail
   lmx distill label TEACHER "data/*.jsonl" --out labels --k 16 --context 512
   lmx distill label TEACHER experiment.py --out labels          the text of a run, tokenized and cut as that has it
   lmx distill score TEACHER new.csv --out scored.jsonl          a number in [0, 1] for each row, by its head of classes
