@@ -56,7 +56,7 @@ from lmx.train.standard import run as train
 
 SOURCE = Path(os.environ.get("LMX_DATA", "data"), "toxicity", "train.csv")
 OUT = Path("runs", "distill_toxicity")
-LABELLED, MORE, TEST = 1500, 6000, 2000
+LABELLED, MORE, TEST = 400, 1600, 1000
 SEEDS = (0, 1, 2)
 WORDS = 4000
 NAMES = {
@@ -113,9 +113,9 @@ def base() -> Run:
         trainable="*/w/[ab]|classes",
         objective={"bce": Term(Counted(SoftLabels()))},
         optim=AdamW(lr=1e-3, schedule=Linear(warmup=0.1)),
-        steps=90,
-        eval_every=30,
-        save_every=30,
+        steps=36,
+        eval_every=12,
+        save_every=12,
         keep=1,
     )
 

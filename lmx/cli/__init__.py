@@ -6,6 +6,7 @@
   lmx sweep FILE --seeds 3                           variants x seeds, a table and a plot with intervals
   lmx eval RUN TEXT                                  perplexity per token, word and byte, with intervals
   lmx tune MODEL TASK --ways full lora:16 head       fine-tuned for a task, way beside way: quality, forgetting, cost
+  lmx distill label TEACHER TEXT --out labels        a teacher labels in bulk, for students to learn from
   lmx prompt score MODEL fruit --shots 8             prompts: their tokens, scores, spreads, a search for one
   lmx generate RUN "Once upon"                       text from a model
   lmx chat MODEL                                     a conversation with a model that was trained for it
@@ -44,6 +45,7 @@ VERBS = (
     "train",
     "sweep",
     "tune",
+    "distill",
     "eval",
     "prompt",
     "generate",
@@ -58,7 +60,7 @@ VERBS = (
     "info",
     "explain",
 )
-RESUMABLE = ("quickstart", "train", "sweep", "tune")
+RESUMABLE = ("quickstart", "train", "sweep", "tune", "distill")
 MOST = 1200
 
 

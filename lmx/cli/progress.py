@@ -91,3 +91,24 @@ class Steps:
         self._next = now + self._progress._every
         left = (now - self._began) / max(done, 1) * (of - done)
         self._progress.show(f"{self._what}: {done} of {of}, about {left:.0f} s left")
+
+
+class Tokens(Steps):
+    """How many of many tokens are done, how fast, and how long the rest will take; what was done before it was first
+    called does not count for its speed."""
+
+    _first: tuple[int, float] | None = None
+
+    def __call__(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done, now
+        if now < self._next:
+            return
+        self._next = now + self._progress._every
+        speed = (done - self._first[0]) / max(now - self._first[1], 1e-9)
+        left = f", about {(of - done) / speed:,.0f} s left" if speed else ""
+        share = 100 * done / max(of, 1)
+        self._progress.show(
+            f"{self._what}: {done:,} of {of:,} tokens ({share:.0f} %), {speed:,.0f} tokens/s{left}"
+        )

@@ -1,0 +1,165 @@
+"""A teacher labels in bulk, for students to learn from.
+
+  lmx distill label TEACHER corpus.txt --out labels             the 64 likeliest after every token, and the tail
+  lmx distill label TEACHER "data/*.jsonl" --out labels --k 16 --context 512
+  lmx distill label TEACHER experiment.py --out labels          the text of a run, tokenized and cut as that has it
+  lmx distill score TEACHER new.csv --out scored.jsonl          a number in [0, 1] for each row, by its head of classes
+  lmx distill score TEACHER new.jsonl --template "{title}: {body}" --out scored.jsonl
+
+TEACHER is a run's folder, quantized or not; of labels also a Hugging Face folder or a .gguf file. Train on labels with
+data.teacher=TeacherTopK("labels") and a divergence such as ForwardKL() in the objective, on scores with SoftLabels().
+Repeat the command to go on where it stopped. Several processes may label the same text together; each takes shards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lmx import cli
+
+
+@dataclass(frozen=True)
+class Label:
+    """Keeps a teacher's likeliest tokens after every token of a text."""
+
+    teacher: tyro.conf.Positional[Path]
+    """A run's folder, a Hugging Face folder or a .gguf file."""
+    text: tyro.conf.Positional[tuple[str, ...]]
+    """Files, patterns, sources, or one experiment (.py) whose run is to learn from the labels."""
+    out: Path = Path("labels")
+    """The folder of labels."""
+    k: int = 64
+    """Tokens kept of each; 4 bytes each, and 2 more."""
+    bits: int = 16
+    """Of a log probability: 16, or 8."""
+    context: int | None = None
+    """Tokens read at once, as long as the student's rows; that of the experiment, or 256."""
+    overlap: int = 0
+    """Tokens of a long document that are read again, so that the next ones see them."""
+    batch_tokens: int = 4096
+    shard_tokens: int = 1 << 17
+    """What a kill costs at most."""
+    variant: str = "base"
+    """Of the experiment."""
+    step: str = "latest"
+    """Of a run's checkpoint: latest, best or a number."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Writes rows with the teacher's score of each."""
+
+    teacher: tyro.conf.Positional[Path]
+    """A run's folder, with a head of two classes."""
+    records: tyro.conf.Positional[str]
+    """Rows: a file, a pattern or tfds:name."""
+    out: Path = Path("scored.jsonl")
+    """The file to make."""
+    template: str = "{text}"
+    """What the teacher reads of a row, as it was trained to; fields as {name}, \\n is a new line."""
+    field: str = "score"
+    """Of the score in what is written."""
+    keep: tuple[str, ...] = ()
+    """Fields that are written besides those of the template."""
+    batch_tokens: int = 4096
+    step: str = "latest"
+    """Of the run's checkpoint: latest, best or a number."""
+
+
+Options = Annotated[Label, tyro.conf.subcommand("label")] | Annotated[Score, tyro.conf.subcommand("score")]
+
+
+def main(argv: list[str]) -> None:
+    asked = cli.options(Options, argv, __doc__, "distill")
+    from lmx.train.loop import keep_compiled
+
+    keep_compiled()
+    {Label: label, Score: score}[type(asked)](asked)
+
+
+def label(asked: Label) -> None:
+    from lmx import data, distill
+    from lmx.cli.progress import Progress, Tokens
+    from lmx.train.loop import cache_folder
+
+    found = _data(asked)
+    with Progress() as progress:
+        prepared = data.prepare(found, cache_folder() / "data", progress=progress)
+    prepared.report.warn("the text")
+    teacher, origin = _teacher(asked)
+    has, words = teacher.model.config.vocab_size, prepared.tokenizer.vocab_size
+    if has > words:
+        print(
+            f"the teacher has {has - words} words beyond the tokenizer's {words}; what they hold is left out"
+        )
+    with Tokens("labels") as seen:
+        paths = distill.label(
+            teacher,
+            prepared,
+            asked.out,
+            origin=origin,
+            k=asked.k,
+            bits=asked.bits,
+            context=asked.context,
+            overlap=asked.overlap,
+            batch_tokens=asked.batch_tokens,
+            shard_tokens=asked.shard_tokens,
+            seen=seen,
+        )
+    n = sum(store.n_tokens for store in prepared.train_stores)
+    size = sum(x.stat().st_size for path in paths for x in path.glob("*.bin"))
+    print(f"{asked.out}: {n:,} tokens, {size / n:.0f} bytes each; data.teacher=TeacherTopK('{asked.out}')")
+
+
+def score(asked: Score) -> None:
+    from lmx import distill
+    from lmx.cli.progress import Steps
+    from lmx.cli.task import escaped
+    from lmx.tasks import Records, Template
+
+    template = Template(escaped(asked.template), f"{{{asked.field}}}")
+    teacher, origin = _teacher(asked)
+    with Steps("scores") as seen:
+        report = distill.score_records(
+            teacher,
+            Records(asked.records),
+            tuple(dict.fromkeys((*template.fields, *asked.keep))),
+            template.question_of,
+            asked.out,
+            how=template.question,
+            origin=origin,
+            field=asked.field,
+            batch_tokens=asked.batch_tokens,
+            seen=seen,
+        )
+    report.warn(asked.records)
+    print(f"wrote {asked.out}")
+
+
+def _teacher(asked):
+    """(the model, what it was read from)."""
+    from lmx.run import trained
+    from lmx.train import Load
+
+    step = cli.step_of(asked.teacher, asked.step) if (asked.teacher / "run.txt").exists() else "latest"
+    return trained(asked.teacher, step), Load(str(asked.teacher), step).files()
+
+
+def _data(asked: Label):
+    from lmx import run as runs
+    from lmx.data import Data, File
+
+    if not asked.text:
+        raise ValueError(
+            "distill label: name a text, or the experiment whose run is to learn from the labels"
+        )
+    if len(asked.text) == 1 and asked.text[0].endswith(".py"):
+        found = runs.experiment(asked.text[0]).variant(asked.variant).data
+        return replace(found, teacher=None)
+    sources = tuple(map(cli.source_of, asked.text))
+    length = 256 if asked.context is None else asked.context
+    return Data(sources, valid_share=0.0, tokenizer=File(str(asked.teacher)), seq_len=length)
