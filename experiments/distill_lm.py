@@ -165,8 +165,9 @@ def judge(folder: Path, large, windows: int, length: int) -> dict[str, float]:
     read = windows_of(held_out, large, windows, length)
     near = agreement(large.model, large.params, student.params, read, other_model=student.model)
     texts = [large.tokenizer.decode(row) for row in read.tolist()]
+    end = student.tokenizer.eos_id  # stands before each text
     found = perplexity(
-        student.model, student.params, texts, student.tokenizer, seq_len=length + 1, batch_size=4
+        student.model, student.params, texts, student.tokenizer, seq_len=length + 1, batch_size=4, bos=end
     )
     prompts = [row[:MOST].tolist() for row in windows_of(held_out, large, PROMPTS, MOST)]
     _, acceptance = speculate(
