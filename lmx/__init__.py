@@ -8,8 +8,8 @@ import importlib
 __version__ = "0.1.0"
 
 _PARTS = """
-adapt artifact cli data evals formats generate losses mesh models nn ops optim plan quickstart report run sweep tasks
-text train tree tune values weights
+adapt artifact cli data distill evals formats generate losses mesh models nn ops optim plan quickstart report run sweep
+tasks text train tree tune values weights
 """.split()
 
 

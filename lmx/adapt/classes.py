@@ -23,8 +23,6 @@ from lmx.weights.surgery import Surgery
 class Classes(Surgery):
     """`classes` [D, n], float32, normal with standard deviation `init_std`: 0 begins with every class alike.
 
-    n: of one class the number itself is learned, as the logit of a score (`lmx.losses.Score`).
-
     Source: Radford et al. 2018 (GPT), section 3.2: a linear layer on the last token's last hidden state.
     """
 
@@ -32,8 +30,8 @@ class Classes(Surgery):
     init_std: float = 0.0
 
     def __post_init__(self):
-        if self.n < 1 or not 0 <= self.init_std < float("inf"):
-            raise ValueError(f"Classes: n={self.n}, init_std={self.init_std}; use 1 or more, and 0 or more")
+        if self.n < 2 or not 0 <= self.init_std < float("inf"):
+            raise ValueError(f"Classes: n={self.n}, init_std={self.init_std}; use 2 or more, and 0 or more")
 
     def __call__(self, params: Any, key: jax.Array) -> Any:
         if "classes" in params:

@@ -10,6 +10,7 @@ from .sources import Documents, Jsonl, Parquet, Source, Text, Tfds, source
 from .store import TokenStore
 from .streams import Clean, Split, Stream, Take, Tokenize
 from .tally import Report
+from .taught import Taught, TeacherTopK
 from .tfds import prepare_tfds
 from .tokenizer import Bpe, Byte, Char, File, Grapheme, TokenizerSpec, Unigram, Word
 from .tokenizer_json import Tokenizer
@@ -36,6 +37,8 @@ __all__ = [
     "Split",
     "Stream",
     "Take",
+    "Taught",
+    "TeacherTopK",
     "Text",
     "Tfds",
     "TokenStore",

@@ -28,6 +28,7 @@ import numpy as np
 from .pack import BestFit, Concat, Pieces, plan, windows
 from .permutation import fold, permute
 from .store import TokenStore
+from .taught import Taught
 
 BLOCK = 4096
 
@@ -45,6 +46,7 @@ class Batches:
       epoch.
       packing: "best_fit" or "concat" (see pack.py); stores of conversations take "best_fit" alone.
       shuffle: False gives the rows in stored order (for evaluation).
+      taught: what a teacher makes of each store; () adds nothing to batches.
     Raises: ValueError on settings that cannot be met, or when the stores hold no position to train on.
     """
 
@@ -55,6 +57,7 @@ class Batches:
     weights: tuple[float, ...] = ()
     packing: str = "best_fit"
     shuffle: bool = True
+    taught: tuple[Taught, ...] = ()
     plans: tuple[BestFit | Concat, ...] = field(init=False, repr=False, compare=False)
     quotas: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
@@ -63,6 +66,14 @@ class Batches:
             raise ValueError(f"Batches: batch_size={self.batch_size}; use at least 1")
         if not self.stores:
             raise ValueError("Batches: no stores; give at least one")
+        if self.taught and len(self.taught) != len(self.stores):
+            raise ValueError(
+                f"Batches: labels of {len(self.taught)} stores, and there are {len(self.stores)}; give one each"
+            )
+        if len({one.k for one in self.taught}) > 1:
+            raise ValueError(
+                f"Batches: {[one.k for one in self.taught]} labels of a token; use as many of each store"
+            )
         plans = tuple(map(self._plan, self.stores))
         for store, made in zip(self.stores, plans):
             if not made.n_rows:
@@ -119,7 +130,8 @@ class Batches:
         """sha256 of all that decides the batches but n: the stores' contents and the settings."""
         settings = (self.seq_len, self.batch_size, self.seed, self.weights, self.packing, self.shuffle)
         hashes = [store.hash + store.meta.get("keep", "") for store in self.stores]
-        return hashlib.sha256(repr((*hashes, settings)).encode()).hexdigest()
+        labels = tuple(one.fingerprint for one in self.taught)
+        return hashlib.sha256(repr((*hashes, settings, *labels)).encode()).hexdigest()
 
     def batch(self, n: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """Global batch n, or the given rows of it.
@@ -128,7 +140,9 @@ class Batches:
           labels[t] follows tokens[t] in its document; positions restart at 0 in every segment, also where a
           piece continues a document cut in another row; segment_ids count 1, 2, ... within a row, 0 is
           padding; loss_mask is 1 on every position that has a label, of conversations one of a reply, and 0 on
-          padding. With a store of pairs also rejected_mask and pair_mask float32, see `Preferences`.
+          padding. With a store of pairs also rejected_mask and pair_mask float32, see `Preferences`; with a
+          store of scores also scores float32, each where its document's label is; with labels of
+          a teacher also teacher_ids int32 and teacher_log_p float32 [rows, seq_len, k], see `TeacherTopK`.
         Raises: ValueError if n is negative.
         """
         if n < 0:
@@ -147,7 +161,7 @@ class Batches:
         for n in range(self.n_batches):
             out = self._serve(n * self.batch_size, min((n + 1) * self.batch_size, self.n_rows))
             short = self.batch_size - len(out["tokens"])
-            yield {name: np.pad(value, ((0, short), (0, 0))) for name, value in out.items()} if short else out
+            yield {name: _filled(value, short) for name, value in out.items()} if short else out
 
     def epochs(self, n: int) -> tuple[float, ...]:
         """How often each store has been gone through when batches 0..n-1 are done."""
@@ -166,7 +180,7 @@ class Batches:
         which, rows, shifts = parts[0] if len(parts) == 1 else [np.concatenate(p) for p in zip(*parts)]
         mine = [np.flatnonzero(which == c) for c in range(len(self.stores))]
         pieces = [made.pieces(rows[m], shifts[m]) for made, m in zip(self.plans, mine)]
-        return _gather(self.stores, mine, pieces, self.seq_len)
+        return _gather(self.stores, mine, pieces, self.seq_len, self.taught)
 
     def _find_places(self, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows [chunk * BLOCK, (chunk + 1) * BLOCK) of the sequence: store, row in it, window shift, all
@@ -256,7 +270,7 @@ def _count(start):
 def _quotas(weights: Sequence[float], n: int) -> tuple[int, ...]:
     """Rows of each store in a block of BLOCK rows, by largest remainders."""
     if len(weights) != n:
-        raise ValueError(f"Batches: {len(weights)} weights for {n} stores; give one each, or none")
+        raise ValueError(f"Batches: {len(weights)} weights for {n} stores; give one each")
     share = np.asarray(weights, np.float64)
     if not np.isfinite(share).all() or (share <= 0).any():
         raise ValueError(
@@ -274,7 +288,17 @@ def _quotas(weights: Sequence[float], n: int) -> tuple[int, ...]:
     return tuple(quotas.tolist())
 
 
-def _gather(stores: Sequence[TokenStore], mine: list[np.ndarray], pieces: list[Pieces], seq_len: int) -> dict:
+def _filled(value: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(value, ((0, rows), *((0, 0),) * (value.ndim - 1)))
+
+
+def _gather(
+    stores: Sequence[TokenStore],
+    mine: list[np.ndarray],
+    pieces: list[Pieces],
+    seq_len: int,
+    taught: Sequence[Taught] = (),
+) -> dict:
     """The arrays of a batch. Store c fills rows mine[c] with pieces[c], laid one after the other; the rest of
     each row is a piece of padding."""
     tokens = [store.tokens for store in stores]
@@ -316,9 +340,20 @@ def _gather(stores: Sequence[TokenStore], mine: list[np.ndarray], pieces: list[P
     at = at.reshape(n, seq_len)
     if any(store.of_pairs for store in stores):
         out |= {name: np.zeros((n, seq_len), np.float32) for name in ("rejected_mask", "pair_mask")}
+    if any(store.scores is not None for store in stores):
+        out["scores"] = np.zeros((n, seq_len), np.float32)
+    if taught:
+        k = taught[0].k
+        out["teacher_ids"], out["teacher_log_p"] = (np.empty((n, seq_len, k), x) for x in ("i4", "f4"))
+        for m, one in zip(mine, taught):
+            out["teacher_ids"][m], out["teacher_log_p"][m] = one.read(at[m])
     for m, store in zip(mine, stores):
         if store.mask is not None:
             out["loss_mask"][m] = store.mask[1:].take(at[m], mode="clip")
+        if store.scores is not None:
+            document = np.searchsorted(store.offsets, at[m].clip(0), "right") - 1
+            scores = store.scores.take(document, mode="clip")
+            out["scores"][m] = np.where(out["loss_mask"][m] > 0, scores, 0)
         if store.of_pairs:
             segments = out["segment_ids"][m]
             rejected = segments % 2 == 0
@@ -330,5 +365,5 @@ def _gather(stores: Sequence[TokenStore], mine: list[np.ndarray], pieces: list[P
         real = out["segment_ids"] > 0
         for name, value in out.items():
             if name != "segment_ids":
-                value *= real
+                value *= real.reshape(*real.shape, *[1] * (value.ndim - 2))
     return out

@@ -33,6 +33,7 @@ from .sources import Document, NoDocument, Source, source, texts_of
 from .store import TokenStore, Writer, explained, publish
 from .streams import Clean, Split, Stream, Tokenize
 from .tally import Report
+from .taught import Taught, TeacherTopK
 from .tokenizer import Byte, File, TokenizerSpec
 from .tokenizer_json import Tokenizer
 
@@ -50,7 +51,7 @@ class Data:
     text is held out by position, at its end. valid_share=0 trains without validation.
     weights: share of the rows drawn from each training source; () goes through all of them once an epoch.
     tokenizer: trained on the training part alone. clean: Unicode to NFC, control characters out (see Clean).
-    seq_len, batch_size, packing: see Batches.
+    seq_len, batch_size, packing: see Batches. teacher: labels that a teacher made of the training part.
 
     Conversations (see Chat) go through the template that comes with the tokenizer, or PLAIN where there is none, and
     replies alone are trained on and validated. Pairs of them (see Preferences) too.
@@ -65,6 +66,7 @@ class Data:
     batch_size: int = 32
     packing: str = "best_fit"
     clean: bool = True
+    teacher: TeacherTopK | None = None
 
     def __post_init__(self):
         for name in ("train", "valid"):
@@ -83,6 +85,9 @@ class Data:
                 raise ValueError(f"Data: {name}={getattr(self, name)} must be at least 1")
         if self.packing not in ("best_fit", "concat"):
             raise ValueError(f"Data: packing={self.packing!r}; use 'best_fit' or 'concat'")
+        scored = {isinstance(one, Source) and one.scored for one in (*self.train, *self.valid)}
+        if len(scored) > 1:
+            raise ValueError("Data: some sources have scores and some have none; use those of one kind")
         for one in (*self.train, *self.valid):
             if self.packing == "concat" and isinstance(one, Source) and one.masked:
                 raise ValueError(
@@ -113,12 +118,15 @@ class Prepared:
     valid_stores: tuple[TokenStore, ...]
     report: Report
     beside: dict[str, str] = field(default_factory=dict)
+    taught: tuple[Taught, ...] = ()
 
     @cached_property
     def train(self) -> Batches:
         """Endless shuffled batches; batch n is a function of the seed and n."""
         d = self.data
-        return Batches(self.train_stores, d.seq_len, d.batch_size, self.seed, d.weights, d.packing)
+        return Batches(
+            self.train_stores, d.seq_len, d.batch_size, self.seed, d.weights, d.packing, taught=self.taught
+        )
 
     @cached_property
     def valid(self) -> Batches:
@@ -135,7 +143,8 @@ class Prepared:
     @property
     def made_from(self) -> tuple[Path, ...]:
         """The folders to name as parents of what is made from these data."""
-        return (self.tokenizer_path, *(Path(s.path) for s in (*self.train_stores, *self.valid_stores)))
+        stores = (*self.train_stores, *self.valid_stores, *self.taught)
+        return (self.tokenizer_path, *(Path(store.path) for store in stores))
 
 
 def prepare(data: Data, cache: str | Path, seed: int = 0, progress: Progress | None = None) -> Prepared:
@@ -188,7 +197,12 @@ def prepare(data: Data, cache: str | Path, seed: int = 0, progress: Progress | N
     with contextlib.suppress(OSError):
         files.save_hashes(cache / "hashes.json")
     made = tuple(stores[0])
-    return Prepared(data, seed, tokenize.tokenizer, tokenizer_path, made, valid, report, beside)
+    taught = (
+        tuple(data.teacher.opened(store, data.seq_len, data.packing) for store in made)
+        if data.teacher
+        else ()
+    )
+    return Prepared(data, seed, tokenize.tokenizer, tokenizer_path, made, valid, report, beside, taught)
 
 
 @dataclass(frozen=True)
@@ -332,7 +346,9 @@ def _groups(part, tokenize, cache) -> list[tuple[Path, _Part]]:
 
 
 def _writer(path, part, tokenize) -> Writer:
-    writer = Writer(path, tokenize.tokenizer.vocab_size, tokenize.tokenizer.hash, part.source.masked)
+    writer = Writer(
+        path, tokenize.tokenizer.vocab_size, tokenize.tokenizer.hash, part.source.masked, part.source.scored
+    )
     if part.source.masked:
         writer.facts["keep"] = part.source.keep
     return writer
@@ -343,7 +359,9 @@ def _write(path, part, tokenize, meter):
     documents = meter.watch(part.documents(report), counts)
     with _writer(path, part, tokenize) as writer:
         for document in tokenize(documents, report):
-            writer.add(document["ids"], document.get("more", False), document.get("mask"))
+            writer.add(
+                document["ids"], document.get("more", False), document.get("mask"), document.get("score")
+            )
             read += 1
         refused = report.skipped.get("refused_by_the_template")
         if refused and not read:

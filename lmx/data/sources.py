@@ -57,11 +57,12 @@ class Source(ABC):
     counted.
 
     masked: whether a part of each document alone is learned; such a source has `keep`, which end of a document that is
-    longer than a row is kept. conversations: whether documents are some.
+    longer than a row is kept. conversations: whether documents are some. scored: whether each has a "score" in [0, 1].
     """
 
     masked: ClassVar[bool] = False
     conversations: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
 
     def __iter__(self) -> Iterator[Document]:
         return self.documents(Report())

@@ -3,7 +3,8 @@
 `tokens.bin` holds every document one after the other, each as [bos] ids [eos], little-endian uint16 or
 uint32; `offsets.bin` holds n_documents + 1 little-endian int64: document i is tokens[offsets[i]:offsets[i +
 1]]. A store of conversations has `mask.bin` too: a byte per token, 1 where it is of a reply. Documents 2 i and
-2 i + 1 of a store of pairs are the chosen and the rejected one of pair i. A folder exists only when it is complete: it
+2 i + 1 of a store of pairs are the chosen and the rejected one of pair i. A store of scores has `scores.bin`: of each
+document a little-endian float32 in [0, 1]. A folder exists only when it is complete: it
 is written under a temporary name and then renamed.
 """
 
@@ -38,6 +39,7 @@ class TokenStore:
     tokens: np.ndarray = field(init=False, repr=False, compare=False)
     offsets: np.ndarray = field(init=False, repr=False, compare=False)
     mask: np.ndarray | None = field(init=False, repr=False, compare=False)
+    scores: np.ndarray | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         folder = Path(self.path)
@@ -62,6 +64,9 @@ class TokenStore:
         masked = "n_counted" in meta
         mask = _map(folder / "mask.bin", np.dtype("u1"), n_tokens) if masked else None
         object.__setattr__(self, "mask", mask)
+        scored = meta.get("scored", False)
+        scores = _map(folder / "scores.bin", np.dtype("<f4"), n_documents) if scored else None
+        object.__setattr__(self, "scores", scores)
 
     def __len__(self) -> int:
         """How many documents."""
@@ -106,12 +111,19 @@ class Writer:
     Args:
       vocab_size: ids must lie below it; up to 65,536 they take two bytes each, else four.
       tokenizer: hash of the tokenizer the ids belong to.
-      masked: whether documents come with a mask.
+      masked: whether documents come with a mask. scored: whether with a score.
     Raises: OSError that names the path and the way out, when the disk is full or the folder may not be
     written.
     """
 
-    def __init__(self, path: str | Path, vocab_size: int, tokenizer: str = "", masked: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        vocab_size: int,
+        tokenizer: str = "",
+        masked: bool = False,
+        scored: bool = False,
+    ):
         self.path = Path(path)
         self.facts: dict[str, Any] = {}
         self._vocab_size, self._tokenizer = vocab_size, tokenizer
@@ -120,6 +132,7 @@ class Writer:
         self._n_tokens = self._n_documents = 0
         self._open = False
         self._masked, self._n_counted = masked, 0
+        self._scores: list[float] | None = [] if scored else None
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> Writer:
@@ -135,7 +148,11 @@ class Writer:
         return self
 
     def add(
-        self, ids: Sequence[int] | np.ndarray, more: bool = False, mask: np.ndarray | None = None
+        self,
+        ids: Sequence[int] | np.ndarray,
+        more: bool = False,
+        mask: np.ndarray | None = None,
+        score: float | None = None,
     ) -> None:
         """Appends a document, or a part of one when `more` says that the next call continues it.
 
@@ -153,7 +170,13 @@ class Writer:
                 f"{self.path}: {len(ids)} ids with {'no mask' if mask is None else f'a mask of {len(mask)}'}; "
                 f"a store is to have masks for all documents or for none, and this one was begun masked={self._masked}"
             )
+        if (score is not None) != (self._scores is not None):
+            raise ValueError(
+                f"{self.path}: score={score}; a store is to have scores for all documents or for none"
+            )
         data = ids.astype(self._dtype).tobytes()
+        if score is not None:
+            self._scores.append(score)
         if mask is not None:
             self._add_mask(np.asarray(mask, np.uint8))
         with explained(self.path):
@@ -174,6 +197,12 @@ class Writer:
         """Copies all documents of a store to the end of this one, `chunk` tokens at a time."""
         if (store.mask is not None) != self._masked:
             raise ValueError(f"{store.path} has {'no' if self._masked else 'a'} mask, unlike {self.path}")
+        if (store.scores is not None) != (self._scores is not None):
+            raise ValueError(
+                f"{store.path} has {'no' if store.scores is None else ''} scores, unlike {self.path}"
+            )
+        if store.scores is not None:
+            self._scores += store.scores.tolist()
         if store.tokens.dtype != self._dtype:
             raise ValueError(f"{store.path} holds {store.tokens.dtype}, {self.path} {self._dtype}")
         for start in range(0, store.n_tokens, chunk):
@@ -213,6 +242,11 @@ class Writer:
         del offsets
         if self._masked and self._n_tokens:
             self._hash.update(np.memmap(self._partial / "mask.bin", "u1", mode="r"))
+        if self._scores is not None:
+            scores = np.array(self._scores, "<f4").tobytes()
+            self._hash.update(scores)
+            with explained(self.path):
+                (self._partial / "scores.bin").write_bytes(scores)
         meta = {
             "version": VERSION,
             "dtype": self._dtype.str,
@@ -222,6 +256,7 @@ class Writer:
             "n_documents": self._n_documents,
             "hash": self._hash.hexdigest(),
             **({"n_counted": self._n_counted} if self._masked else {}),
+            **({"scored": True} if self._scores is not None else {}),
             **self.facts,
         }
         with explained(self.path):

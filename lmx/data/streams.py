@@ -147,7 +147,13 @@ class Tokenize(Stream):
             found = encoded(self.tokenizer, document["text"], document["answer"])
             end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
             ids, learned = found.ids[: found.start], found.ids[found.start :] + end
-        return {"ids": ids + learned, "mask": [0] * len(ids) + [1] * len(learned), "id": document["id"]}
+        more = {"score": document["score"]} if "score" in document else {}
+        return {
+            "ids": ids + learned,
+            "mask": [0] * len(ids) + [1] * len(learned),
+            "id": document["id"],
+            **more,
+        }
 
     def _conversations(self, group, report):
         asked = [[document[name] for name in _PARTS if name in document] for document in group]

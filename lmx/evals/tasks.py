@@ -41,6 +41,7 @@ from lmx.tasks import (
     Number,
     Outcome,
     Prompt,
+    Score,
     Shots,
     Task,
     alternatives,
@@ -189,7 +190,9 @@ def judge(
     Raises: as `score`.
     """
     report = Report() if report is None else report
-    choices = isinstance(task.answer, Choices)
+    choices = isinstance(task.answer, Choices | Score)
+    if isinstance(task.answer, Score) and "classes" not in model.params:
+        raise ValueError(f"{task.name}: scores are answered by a head of two classes, and the model has none")
     if calibrate and not choices:
         raise ValueError(
             f"score: calibrate=True weighs choices, and {task.name} has {task.answer}; leave it off"
@@ -290,7 +293,7 @@ def _encoded(model, task: Task, examples, shown, prompt, chat, report):
     found = []
     for example, some in zip(examples, shown, strict=True):
         asked = prompt(example.question, some)
-        if isinstance(task.answer, Choices):
+        if isinstance(task.answer, Choices | Score):
             ids = _choices(model, task, asked, chat)
             n = max(len(x.ids) for x in ids)
         else:
@@ -381,6 +384,9 @@ _LENGTHS = {
 def _chosen(task: Task, examples: Sequence[Example], weights: np.ndarray) -> list[Outcome]:
     """weights: [examples, choices] log weights."""
     labels = tuple(task.answer.labels)
+    if isinstance(task.answer, Score):
+        said = zip(examples, _softmax(weights)[:, 1])
+        return [Outcome(x.where, x.references, repr(float(p)), {labels[1]: float(p)}) for x, p in said]
     return [
         Outcome(x.where, x.references, labels[int(p.argmax())], dict(zip(labels, map(float, p))))
         for x, p in zip(examples, _softmax(weights))

@@ -2,12 +2,13 @@
 
 from lmx.losses.base import Loss
 from lmx.losses.chunked import Chunked, Counted
-from lmx.losses.distill import Divergence, ForwardKL, Jsd, ReverseKL, TotalVariation
+from lmx.losses.distill import Divergence, ForwardKL, Jsd, ReverseKL, TotalVariation, Uld
 from lmx.losses.dpo import Dpo, Ipo, Margin, Preferred
+from lmx.losses.match import MatchHidden, MatchRelations
 from lmx.losses.next_token import NextToken, ZLoss, log_p
-from lmx.losses.objective import Term, counts, total
+from lmx.losses.objective import Term, counts, reads, total
 from lmx.losses.routers import LoadBalance, RouterZLoss
-from lmx.losses.scores import Score, ScoreLogit
+from lmx.losses.score import SoftLabels, SoftLogits
 
 __all__ = [
     "Chunked",
@@ -20,16 +21,20 @@ __all__ = [
     "LoadBalance",
     "Loss",
     "Margin",
+    "MatchHidden",
+    "MatchRelations",
     "NextToken",
     "Preferred",
     "ReverseKL",
     "RouterZLoss",
-    "Score",
-    "ScoreLogit",
+    "SoftLabels",
+    "SoftLogits",
     "Term",
     "TotalVariation",
+    "Uld",
     "ZLoss",
     "counts",
     "log_p",
+    "reads",
     "total",
 ]

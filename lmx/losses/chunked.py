@@ -43,10 +43,6 @@ class Chunked(Loss):
                 f"Chunked: {self.loss} reads more than its own positions, and no logits [B, T, V]; use it bare"
             )
 
-    @property
-    def of_scores(self) -> bool:
-        return self.loss.of_scores
-
     @classmethod
     def fitting(cls, loss: Loss, n_rows: int, vocab_size: int) -> Chunked:
         """In slices of 16 to 256 positions, as long as B * size * V stays within LOGITS."""
@@ -88,10 +84,6 @@ class Counted(Loss):
 
     def __post_init__(self):
         Chunked(self.loss, self.size)
-
-    @property
-    def of_scores(self) -> bool:
-        return self.loss.of_scores
 
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
         counts = batch[self.mask] != 0

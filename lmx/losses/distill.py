@@ -6,6 +6,7 @@
     ReverseKL         T^2 sum q_T log(q_T / p_T)                       keeps to what the teacher would say
     Jsd               T^2 (b KL(p_T || m) + (1 - b) KL(q_T || m)),     m = b p_T + (1 - b) q_T
     TotalVariation    T sum |p_T - q_T| / 2
+    Uld               T sum |sorted p_T - sorted q_T|                  of any two vocabularies
 
     objective = {"kd": Term(Chunked(ForwardKL(2.0)), 0.7), "ce": Term(NextToken(), 0.3)}
 
@@ -89,17 +90,20 @@ class Divergence(Loss):
         if k >= V:
             chosen = jnp.where(known, chosen, NOTHING)
             return tuple(jax.nn.log_softmax(x / self.temperature) for x in (log_p, chosen))
-        if self.temperature != 1.0:
-            raise ValueError(
-                f"{self}: this teacher's {k} likeliest tokens of {V} were stored at temperature 1, and how the others "
-                "would share their mass at another is not known; use temperature=1.0, or enrich=Teacher(path)"
-            )
+        self._check_as_stored(k)
         log_z = jax.nn.logsumexp(student, -1, keepdims=True)
         others = jnp.put_along_axis(student, ids, -jnp.inf, -1, inplace=False, mode="drop")
         tail_p = jnp.log(jnp.maximum(1.0 - jnp.exp(log_p).sum(-1, keepdims=True), LEAST))
         tail_q = jax.nn.logsumexp(others, -1, keepdims=True) - log_z
         log_q = jnp.where(known, chosen - log_z, NOTHING)
         return jnp.concatenate([log_p, tail_p], -1), jnp.concatenate([log_q, tail_q], -1)
+
+    def _check_as_stored(self, k):
+        if self.temperature != 1.0:
+            raise ValueError(
+                f"{self}: of this teacher {k} likeliest tokens were stored, at temperature 1, and how the others would "
+                "share their mass at another is not known; use temperature=1.0, or enrich=Teacher(path)"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,41 @@ class TotalVariation(Divergence):
         return 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)).sum(-1)
 
 
+@dataclass(frozen=True)
+class Uld(Divergence):
+    """T sum over i of |p_(i) - q_(i)| of probabilities sorted from the largest, for teachers of another tokenizer.
+
+    Which words they are of is not asked, so vocabularies may be any; the smaller one has zeros at its end. The data has
+    to put at each position of the batch what the teacher says there. Of a store the words beyond its k are one cell.
+    Source: Boizard et al. 2024 (Universal Logit Distillation), arXiv:2402.12030, equation 4.
+    """
+
+    power: ClassVar[int] = 1
+
+    def _online(self, student, teacher):
+        logs = [_sorted(jax.nn.log_softmax(x / self.temperature)) for x in (teacher, student)]
+        V = max(x.shape[-1] for x in logs)
+        return tuple(
+            jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, V - x.shape[-1])], constant_values=NOTHING)
+            for x in logs
+        )
+
+    def _stored(self, student, ids, log_p):
+        k = min(log_p.shape[-1], student.shape[-1])
+        self._check_as_stored(k)
+        p, q = (jnp.exp(_sorted(x)) for x in (log_p.astype(jnp.float32), jax.nn.log_softmax(student)))
+        cells = [jnp.concatenate([x[..., :k], 1.0 - x[..., :k].sum(-1, keepdims=True)], -1) for x in (p, q)]
+        return tuple(jnp.log(jnp.maximum(x, LEAST)) for x in cells)
+
+    def between(self, log_p: Float[Array, "*B C"], log_q: Float[Array, "*B C"]) -> Float[Array, "*B"]:
+        return jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)).sum(-1)
+
+
+def _sorted(x):
+    """From the largest, along the last axis."""
+    return -jnp.sort(-x, -1)
+
+
 def kl(log_p: Float[Array, "*B C"], log_q: Float[Array, "*B C"]) -> Float[Array, "*B"]:
     """sum p log(p / q), in nats."""
     return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
@@ -174,6 +213,6 @@ def shared_words(teacher: int, student: int, who: str) -> int:
     if abs(teacher - student) >= PADDING:
         raise ValueError(
             f"{who}: the teacher has {teacher} words and the student {student}, more apart than padding; use models of "
-            "one tokenizer, or a loss across tokenizers: SortedWords()"
+            "one tokenizer, or a loss across tokenizers: Uld()"
         )
     return min(teacher, student)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,13 +98,17 @@ def resampled_sums(rows: np.ndarray, times: int, seed: int) -> np.ndarray:
 
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
     """
-    n = len(rows)
-    rng, out, step = np.random.default_rng(seed), [np.zeros((0, rows.shape[1]))], max(1, (1 << 22) // n)
+    none = np.zeros((0, rows.shape[1]))
+    return np.concatenate([none, *(counts @ rows for counts in resampled_counts(len(rows), times, seed))])
+
+
+def resampled_counts(n: int, times: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of n rows is drawn, [some, n] at a time, `times` in all."""
+    rng, step = np.random.default_rng(seed), max(1, (1 << 22) // n)
     for start in range(0, times, step):
         k = min(step, times - start)
         drawn = rng.integers(0, n, (k, n)) + n * np.arange(k)[:, None]
-        out.append(np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n) @ rows)
-    return np.concatenate(out)
+        yield np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n)
 
 
 def drawn_interval(value: float, draws: np.ndarray, n: int) -> Interval:

@@ -33,13 +33,16 @@ from .metrics import (
     Lengths,
     Metric,
     Outcome,
+    Ranking,
     Rouge,
+    ScoreError,
     average,
+    average_difference,
     difference,
     measure,
 )
 from .prompt import Shots, alternatives, prompt_messages, prompt_text
-from .task import Choices, Example, Free, Number, Task, Template, drawn, key_of, overlap
+from .task import Choices, Example, Free, Number, Score, Task, Template, drawn, key_of, overlap
 from .tokens import named_tokens, prompt_parts, shown_piece
 
 __all__ = [
@@ -61,13 +64,17 @@ __all__ = [
     "Number",
     "Outcome",
     "Prompt",
+    "Ranking",
     "Records",
     "Rouge",
+    "Score",
+    "ScoreError",
     "Shots",
     "Task",
     "Template",
     "alternatives",
     "average",
+    "average_difference",
     "difference",
     "drawn",
     "encoded",

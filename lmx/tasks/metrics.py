@@ -15,10 +15,12 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import ClassVar
 
 import numpy as np
 
-from lmx.report.stats import Interval, drawn_interval, resampled_sums
+from lmx.report.stats import Interval, drawn_interval, resampled_counts, resampled_sums
 from lmx.text.graphemes import clusters
 from lmx.text.scripts import words
 
@@ -39,7 +41,10 @@ Outcomes = Sequence[Outcome]
 
 
 class Metric(ABC):
-    """Base of all metrics."""
+    """Base of all metrics. by_rank: those that no sums decide; their `values` take the examples themselves, [n, 1 + k]:
+    how often each counts, then its numbers."""
+
+    by_rank: ClassVar[bool] = False
 
     @abstractmethod
     def rows(self, outcomes: Outcomes) -> np.ndarray:
@@ -86,6 +91,26 @@ def difference(
     return _intervals(metrics, (a, b), lambda values: values[0] - values[1], resamples, seed)
 
 
+def average_difference(
+    metrics: Sequence[Metric],
+    a: Sequence[Outcomes],
+    b: Sequence[Outcomes],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """The mean over the systems a, such as seeds of one way, minus that over b, paired: each resample draws the same
+    examples for all.
+
+    Raises: ValueError if they are not outcomes of the same examples in the same order.
+    """
+    _check_same("average_difference", (*a, *b))
+
+    def gap(values):
+        return float(np.mean(values[: len(a)]) - np.mean(values[len(a) :]))
+
+    return _intervals(metrics, (*a, *b), gap, resamples, seed)
+
+
 def _check_same(where: str, systems: Sequence[Outcomes]) -> None:
     first = [(x.where, x.references) for x in systems[0]]
     for other in systems:
@@ -101,9 +126,14 @@ def _intervals(metrics, systems, combined, resamples, seed):
     found = {}
     n = len(systems[0])
     for metric in metrics:
-        rows = np.concatenate([metric.rows(outcomes) for outcomes in systems], 1)
-        all_sums = np.concatenate([rows.sum(0)[None], resampled_sums(rows, resamples, seed)])
-        each = [[metric.values(part) for part in np.split(sums, len(systems))] for sums in all_sums]
+        several = [metric.rows(outcomes) for outcomes in systems]
+        if metric.by_rank:
+            drawn = chain([np.ones(n)], *resampled_counts(n, resamples, seed))
+            each = [[metric.values(np.column_stack([c, rows])) for rows in several] for c in drawn]
+        else:
+            rows = np.concatenate(several, 1)
+            all_sums = np.concatenate([rows.sum(0)[None], resampled_sums(rows, resamples, seed)])
+            each = [[metric.values(part) for part in np.split(sums, len(systems))] for sums in all_sums]
         for name in each[0][0]:
             values = [combined([v[name] for v in several]) for several in each]
             found[name] = drawn_interval(values[0], np.array(values[1:]), n)
@@ -208,6 +238,65 @@ class Expected(Metric):
         spread = max(0.0, (aa - _over(a * a, n)) * (bb - _over(b * b, n)))
         together = ab - _over(a * b, n)
         return {"expected_error": _over(far, n), "correlation": _over(together, math.sqrt(spread))}
+
+
+@dataclass(frozen=True)
+class Ranking(Metric):
+    """How well scores put in order: AUROC, the chance that of two examples the one above the threshold has the higher
+    score, ties half; average precision, sum of precision * rise in recall from the highest score down; Spearman's
+    correlation with the right scores, of mid-ranks. NaN where all are on one side, or do not vary.
+
+    Source: Fawcett 2006, Pattern Recognition Letters 27, section 7; average precision as scikit-learn has it, without
+    interpolation.
+    """
+
+    threshold: float = 0.5
+    by_rank: ClassVar[bool] = True
+
+    def rows(self, outcomes):
+        return np.array([[_said(x), float(x.references[0])] for x in outcomes], np.float64)
+
+    def values(self, sums):
+        count, said, right = sums.T
+        positive = right > self.threshold
+        said_at, right_at = (np.unique(x, return_inverse=True)[1] for x in (said, right))
+        yes, no = (np.bincount(said_at, count * x) for x in (positive, ~positive))
+        above = no.sum() - np.cumsum(no)
+        auroc = 1 - _over((yes * (above + no / 2)).sum(), yes.sum() * no.sum())
+        tp, fp = np.cumsum(yes[::-1]), np.cumsum(no[::-1])
+        found = tp + fp > 0
+        precision = tp[found] / (tp + fp)[found]
+        ranks = [_mid_ranks(at, count) for at in (said_at, right_at)]
+        a, b = (x - np.average(x, weights=count) for x in ranks)
+        spread = math.sqrt((count * a * a).sum() * (count * b * b).sum())
+        return {
+            "auroc": auroc,
+            "average_precision": _over((precision * yes[::-1][found]).sum(), yes.sum()),
+            "spearman": _over((count * a * b).sum(), spread),
+        }
+
+
+@dataclass(frozen=True)
+class ScoreError(Metric):
+    """How far scores lie from the right ones: the mean square (Brier's), and by the expected calibration error, where
+    those of a bin are averaged before they are compared.
+
+    Source: Brier 1950, Monthly Weather Review 78(1); Guo et al. 2017, arXiv:1706.04599, section 2.
+    """
+
+    bins: int = 15
+
+    def rows(self, outcomes):
+        rows = np.zeros((len(outcomes), self.bins + 2))
+        for row, x in zip(rows, outcomes):
+            said, right = _said(x), float(x.references[0])
+            row[min(int(said * self.bins), self.bins - 1)] = said - right
+            row[-2:] = (said - right) ** 2, 1
+        return rows
+
+    def values(self, sums):
+        gaps, (square, n) = sums[: self.bins], sums[-2:]
+        return {"brier": _over(square, n), "score_calibration_error": _over(np.abs(gaps).sum(), n)}
 
 
 @dataclass(frozen=True)
@@ -323,6 +412,17 @@ def _streams(outcomes: Outcomes) -> list[list[str | None]]:
 def plain(text: str | None) -> str | None:
     """A text by which answers are compared: spaces made one, in Unicode form NFC."""
     return None if text is None else unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def _said(x: Outcome) -> float:
+    """The score that was answered."""
+    return float(x.prediction)
+
+
+def _mid_ranks(at: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The mean rank of each example among all, by its place among the different values; ties share theirs."""
+    sizes = np.bincount(at, count)
+    return (np.cumsum(sizes) - sizes / 2)[at]
 
 
 def _over(a: float, b: float) -> float:

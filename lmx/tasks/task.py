@@ -22,7 +22,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import regex
@@ -32,7 +32,7 @@ from lmx.data.sources import NoDocument
 from lmx.data.tally import Report
 from lmx.text.scripts import words
 
-from .metrics import F1, Accuracy, Calibration, Error, ExactMatch, Lengths, Metric
+from .metrics import F1, Accuracy, Calibration, Error, ExactMatch, Lengths, Metric, Ranking, ScoreError
 
 SEVERAL = "\n\n"
 
@@ -194,7 +194,39 @@ class Number:
         return plain if self.low <= float(plain) <= self.high else None
 
 
-Answer = Choices | Free | Number
+@dataclass(frozen=True)
+class Score:
+    """A number in [0, 1]: the share of annotators who say yes, or what a teacher makes of it. A head of two classes
+    learns it (`Answers(task, head=True)`), and answers with its probability of the second.
+
+    threshold: above it the answer is yes, for metrics that ask for that.
+    """
+
+    threshold: float = 0.5
+    labels: ClassVar[tuple[str, ...]] = ("0", "1")
+
+    def __post_init__(self):
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"Score: threshold={self.threshold}; use 0 up to, but not, 1")
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return Ranking(self.threshold), ScoreError()
+
+    def references(self, value: Value) -> tuple[str, ...] | tuple[None, str, str]:
+        try:
+            inside = not isinstance(value, bool) and 0 <= float(value) <= 1
+        except (TypeError, ValueError):
+            inside = False
+        if not inside:
+            return None, "score_outside", f"holds {value!r:.99}; scores are numbers from 0 to 1"
+        return (shown(value).strip(),)
+
+    def words(self, reference: str) -> str:
+        return reference
+
+
+Answer = Choices | Free | Number | Score
 
 
 class Example(NamedTuple):

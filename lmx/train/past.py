@@ -12,6 +12,7 @@ import numpy as np
 
 from lmx import tree, values
 from lmx.models import TransformerConfig, build
+from lmx.models.transformer import AIDS
 from lmx.train import stored
 from lmx.train.checkpoint import find_step, load_params
 from lmx.train.load import checkpointed
@@ -55,7 +56,7 @@ def shapes(folder: Path, run: Any, step: int | str = "latest") -> Any:
     if load is None or run.trainable == "*":
         return checkpointed(find_step(folder.absolute(), step))
     base = load.shapes(_fresh(run))
-    return jax.eval_shape(rest_of(run.start), base, jax.random.key(0))
+    return _without_aids(jax.eval_shape(rest_of(run.start), base, jax.random.key(0)))
 
 
 def learned(folder: Path, run: Any, step: int | str = "latest", ema: bool = False) -> Any:
@@ -70,15 +71,20 @@ def learned(folder: Path, run: Any, step: int | str = "latest", ema: bool = Fals
     load.check_unchanged(checkpoint)
     base = load.read(_fresh(run))
     key = jax.random.fold_in(jax.random.key(np.uint32(run.seed)), 1)
-    trainable, frozen = tree.partition(jax.jit(rest_of(run.start))(base, key), run.trainable)
+    made = _without_aids(jax.jit(rest_of(run.start))(base, key))
+    trainable, frozen = tree.partition(made, run.trainable)
     params = tree.combine(load_params(folder, trainable, step, ema), frozen)
     known = stored.about(checkpoint)["meta"].get("weights")
-    if known is not None and json.loads(json.dumps(describe(params))) != known:
+    if known is not None and json.loads(json.dumps(describe(params))) != _without_aids(known):
         raise ValueError(
             f"{folder}: the start in run.txt makes other weights than {checkpoint} was trained with, such as another "
             "alpha or other bits; bring the old run.txt back"
         )
     return params
+
+
+def _without_aids(params: dict) -> dict:
+    return {name: x for name, x in params.items() if name not in AIDS}
 
 
 def _fresh(run: Any) -> Any:

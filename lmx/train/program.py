@@ -32,6 +32,7 @@ BATCH_DTYPES = {
     "segment_ids": np.int32,
 }
 PAIR_DTYPES = {"rejected_mask": np.float32, "pair_mask": np.float32}
+TEACHER_DTYPES = {"teacher_ids": np.int32, "teacher_log_p": np.float32}
 
 
 class Program(NamedTuple):
@@ -86,8 +87,9 @@ def program(run: Any, mesh: Mesh) -> Program:
     constants = run.enrich.shapes(run, state_shapes.trainable, mesh)
     state_shapes = replace(state_shapes, constants=constants)
     placed = jax.tree.map(lambda x: x.sharding, state_shapes)
+    apply = partial(model.apply, keep=losses.reads(run.objective))
     one_step = partial(
-        train_step, apply=model.apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
+        train_step, apply=apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
     )
 
     def step(state, batch, **more):
@@ -130,21 +132,25 @@ def rest_of(start: tuple[Surgery, ...]) -> Callable:
 
 def judged(run: Any) -> dict[str, losses.Term]:
     """What held-out data is judged by: its next tokens, whatever a run learns, so that runs compare; but a run that
-    learns from pairs or scores by its own objective."""
-    if any(term.loss.of_pairs or term.loss.of_scores for term in run.objective.values()):
+    learns from pairs by its own objective."""
+    if any(term.loss.of_pairs for term in run.objective.values()):
         return run.objective
     return {"loss": losses.Term(_CrossEntropy())}
 
 
 def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The abstract batch of a run: [B, T] each, rows over data and fsdp."""
+    """The abstract batch of a run: [B, T] each, or [B, T, k] of a teacher's labels, rows over data and fsdp."""
     shape = (run.data.batch_size, run.data.seq_len)
     sharding = NamedSharding(mesh, meshes.BATCH)
-    dtypes = dict(BATCH_DTYPES)
-    for term in run.objective.values():
-        dtypes |= PAIR_DTYPES if term.loss.of_pairs else {}
-        dtypes |= {"scores": np.float32} if term.loss.of_scores else {}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    dtypes = BATCH_DTYPES | (PAIR_DTYPES if judged(run) is run.objective else {})
+    if any(getattr(one, "scored", False) for one in run.data.train):
+        dtypes = dtypes | {"scores": np.float32}
+    found = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    if run.data.teacher is not None:
+        shape = (*shape, run.data.teacher.width)
+        for name, dtype in TEACHER_DTYPES.items():
+            found[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return found
 
 
 def _placed(state: State, mesh: Mesh) -> State:
@@ -200,7 +206,8 @@ def _evaluate(run, model, params, constants, batch):
     if terms is run.objective:
         batch = run.enrich(constants, batch, lambda x: model.apply(tree.combine(x, params), batch))
     ones = dict.fromkeys(terms, jnp.float32(1))
-    return losses.total(terms, model.apply(params, batch), batch, ones)[1], losses.counts(terms, batch)
+    out = model.apply(params, batch, keep=losses.reads(terms))
+    return losses.total(terms, out, batch, ones)[1], losses.counts(terms, batch)
 
 
 def _of_classes(batch: dict) -> dict:

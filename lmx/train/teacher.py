@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from lmx import models
 from lmx.data import Tokenizer
 from lmx.data.probe import difference
+from lmx.losses import reads
 from lmx.losses.distill import shared_words
 from lmx.mesh import shardings
 from lmx.models import RULES, Out, TransformerConfig, pretrained
@@ -39,16 +40,17 @@ from lmx.weights.surgery import Surgery, chain
 
 @leaf
 class Tutor:
-    """A model's parameters, and how it answers a batch with them: dtype and mesh are its own."""
+    """A model's parameters, and how it answers a batch with them. keep: what losses read of its layers."""
 
     params: Any
     config: TransformerConfig = static()
     mesh: Mesh | None = static()
     platform: str = static()
+    keep: tuple[str, ...] = static(default=())
 
     def __call__(self, batch: dict) -> Out:
         model = models.build(self.config, mesh=self.mesh, platform=self.platform)
-        return jax.lax.stop_gradient(model.apply(self.params, batch))
+        return jax.lax.stop_gradient(model.apply(self.params, batch, keep=self.keep))
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Teacher(Enrich):
         )
         config = replace(found.config, remat="none", dtype=self.dtype or found.config.dtype)
         platform = mesh.devices.flat[0].platform
-        return Tutor(params, config, None if run.mesh.pmap else mesh, platform)
+        return Tutor(params, config, None if run.mesh.pmap else mesh, platform, reads(run.objective))
 
     def constants(self, run: Any, trainable: Any, mesh: Mesh) -> Tutor:
         with warnings.catch_warnings():
