@@ -96,8 +96,8 @@ class OnPolicy(Enrich):
         others = sorted(set(batch) - KNOWN)
         if others:
             raise ValueError(
-                f"OnPolicy: the batch has {', '.join(others)}, made for its text, which say nothing of what the student "
-                "writes; learn from a Teacher(path) on plain text or conversations"
+                f"OnPolicy: the batch has {', '.join(others)}, made for its text, which say nothing of what the "
+                "student writes; learn from a Teacher(path) on plain text or conversations"
             )
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         key = tree.key_at(key, "on_policy")
