@@ -32,6 +32,8 @@ from lmx import tree, values
 from lmx.train.state import State
 from lmx.train.step import Enrich
 
+KNOWN = {"tokens", "labels", "loss_mask", "positions", "segment_ids"}
+
 
 @dataclass(frozen=True)
 class OnPolicy(Enrich):
@@ -91,6 +93,12 @@ class OnPolicy(Enrich):
         return self.then(constants, batch, answer)
 
     def before(self, model: Any, state: State, batch: dict, salt: int | Array = 0) -> dict:
+        others = sorted(set(batch) - KNOWN)
+        if others:
+            raise ValueError(
+                f"OnPolicy: the batch has {', '.join(others)}, made for its text, which say nothing of what the "
+                "student writes; learn from a Teacher(path) on plain text or conversations"
+            )
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         key = tree.key_at(key, "on_policy")
         ours = jax.random.uniform(jax.random.fold_in(key, 0)) < self.share

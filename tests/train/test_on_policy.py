@@ -196,3 +196,10 @@ def test_resumed_equals_uninterrupted(tutor, tmp_path):
 def test_what_does_not_fit_is_said_before_training(asked, told):
     with pytest.raises(ValueError, match=told):
         OnPolicy(Enrich(), **({"prompt": 5} | asked)).check(RUN, Byte().train())
+
+
+def test_stores_and_pairs_say_nothing_of_it(tutor):
+    made = program(replace(RUN, enrich=OnPolicy(Teacher(tutor), prompt=5)), RUN.mesh.build(jax.devices()[:1]))
+    batch = jax.device_get(rows()) | {"teacher_ids": np.zeros((B, T, 2), np.int32)}
+    with pytest.raises(ValueError, match="the batch has teacher_ids, made for its text"):
+        made.step(made.init(0), made.place(batch))
