@@ -32,10 +32,10 @@ class Run:
     objective: named loss terms. start: surgeries on the fresh parameters. trainable: pattern of the paths that learn.
     enrich: what the step adds to each batch. steps: updates; n_micro: parts a batch is cut into to save memory.
     eval_every, save_every: in steps; eval_batches: None means all validation rows. eval_lengths: rows of these lengths
-    are judged too. best: what the best checkpoint has the least of, by its name in an evaluation (`Session.evaluate`); with
-    a minus before it, the most: "-valid/accuracy". patience: the run stops early after this many evaluations in a row
-    without a new best; None never stops it. keep: latest checkpoints kept, beside the best. max_skips: updates in
-    a row that may be left out as not finite before the run stops.
+    are judged too. best: what the best checkpoint has the least of, by its name in an evaluation
+    (`Session.evaluate`); with a minus before it, the most: "-valid/accuracy". patience: the run stops early after
+    this many evaluations in a row without a new best; None never stops it. keep: latest checkpoints kept, beside the
+    best. max_skips: updates in a row that may be left out as not finite before the run stops.
     """
 
     model: TransformerConfig = TransformerConfig()

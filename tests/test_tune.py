@@ -99,7 +99,7 @@ def test_the_best_step_by_a_score_of_held_out_examples(released, tmp_path):
     assert run.best == "-valid/accuracy" and run.model.embed_noise == 1.0
     assert run.objective["ce"].loss == Counted(NextToken(0.1))
     ways = {"full": tune.full(run, lr=3e-3)}
-    (_, found) = tune.compare(ways, TASK, tmp_path / "out")
+    tune.compare(ways, TASK, tmp_path / "out")
     kept = trained(tmp_path / "out" / "full", step="best")
     held = {x["id"] for x in run.data.documents("valid")}
     asked = [row for row, x in zip(ROWS[12:], TASK.examples("train")) if x.where in held]

@@ -43,7 +43,8 @@ def keep_heap() -> bool:
     if not hasattr(libc, "gnu_get_libc_version") or not hasattr(libc, "mallinfo2"):
         return False
     options = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**28, _ARENA_MAX: 1}
-    if not all([libc.mallopt(name, value) for name, value in options.items()]):
+    taken = [libc.mallopt(name, value) for name, value in options.items()]
+    if not all(taken):
         return False
     threading.Thread(target=_watch, args=(libc,), name="heap", daemon=True).start()
     return True

@@ -499,7 +499,10 @@ def _alone(
 
 
 def metric_of(task: Task, name: str | None) -> str:
-    """A value of the task's metrics, by its name; the first one if none is given. Raises: ValueError for a name that the task's metrics do not give."""
+    """A value of the task's metrics, by its name; the first one if none is given.
+
+    Raises: ValueError for a name that the task's metrics do not give.
+    """
     said = "x"
     if isinstance(task.answer, Choices):
         said = next(iter(task.answer.labels))
