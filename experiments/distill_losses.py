@@ -6,6 +6,18 @@ to beat cross-entropy, since the teacher has read ten times as much; forward KL 
 held-out cross-entropy, whose other half it is; reverse KL, which leaves out what it cannot hold, to be worse; a JSD to
 lie between by its beta; and the teacher's 16 likeliest bytes to be as good as all of them.
 
+Found:  held-out nats per byte, mean and 95 % t-interval of three seeds, and the paired difference to cross-entropy (1
+        December 2026, commit 183191d, 2 CPU cores, jax 0.10.2; the teacher, one of one seed, has 1.767):
+        KL and cross-entropy  2.452 +- .21  -.167 +- .18        JSD 0.5         2.594 +- .08  -.025 +- .43
+        KL, T=1               2.453 +- .26  -.166 +- .18        KL, T=2         2.591 +- .13  -.028 +- .25
+        KL, top 16            2.467 +- .35  -.151 +- .24        cross-entropy   2.619 +- .37
+        KL, top 4             2.471 +- .23  -.148 +- .14        KL, top 1       2.777 +- .13  +.158 +- .26
+        JSD 0.1               2.501 +- .11  -.118 +- .31        reverse KL      3.063 +- .19  +.444 +- .19
+        Of one seed, beside cross-entropy's 2.462: JSD 0.9 2.676, total variation 2.850, KL at T=4 3.018.
+        So after 200 steps KL at temperature 1 is ahead by about .15, of the 4 likeliest bytes as of all, but only that
+        of 4 beyond the noise; against our expectation not every divergence beats cross-entropy: reverse KL loses by
+        much, and the more a JSD leans to it the more it does. Longer training was not run.
+
 Run:    lmx train experiments/distill_losses.py        (the teacher, into runs/distill_losses/base: two minutes)
         lmx sweep experiments/distill_losses.py --seeds 3        (the students, under a minute each on 2 CPU cores)
 Data:   tiny shakespeare as input.txt in $LMX_DATA/shakespeare, or in data/shakespeare; the last 10 % judges.
@@ -79,5 +91,5 @@ def variants() -> dict[str, Run]:
     losses |= {"reverse KL": ReverseKL(), "variation": TotalVariation()}
     losses |= {f"JSD {b:g}": Jsd(beta=b) for b in (0.1, 0.5, 0.9)}
     students = {"cross-entropy": alone} | {name: taught(loss) for name, loss in losses.items()}
-    students["half KL, half cross-entropy"] = taught(ForwardKL(), ce=Term(NextToken()))
+    students["KL and cross-entropy"] = taught(ForwardKL(), ce=Term(NextToken()))
     return students | {f"KL, top {k}": taught(ForwardKL(), TopK(TEACHER, k=k)) for k in (1, 4, 16)}
