@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import lmx.tasks  # noqa: F401  a saved run may name its Answers
 from lmx import tree, values
@@ -22,13 +20,10 @@ from lmx.losses import NextToken, Term
 from lmx.mesh import MeshConfig
 from lmx.models import Model, TransformerConfig, build, prefixed, pretrained, unstacked
 from lmx.optim import AdamW, Schedule, Update
-from lmx.train import stored
-from lmx.train.checkpoint import find_step, load_params
+from lmx.train import past
 from lmx.train.metrics import NAMES
-from lmx.train.program import loaded_first, rest_of
 from lmx.train.step import Enrich
 from lmx.weights import Weight, shape_of
-from lmx.weights.describe import describe
 
 
 @dataclass(frozen=True)
@@ -207,33 +202,13 @@ def trained(folder: str | Path, step: int | str = "latest", ema: bool = False) -
         return Trained(run, build(found.config), pretrained.load(found), found.tokenizer(), chat, context)
     run = load(folder / "run.txt")
     model = build(run.model)
-    params = jax.tree.map(jnp.asarray, _params(folder, run, model, step, ema))
+    params = jax.tree.map(jnp.asarray, past.learned(folder, run, step, ema))
     _check_shapes(params, jax.eval_shape(model.init, jax.random.key(0)), folder)
     kept = folder / pretrained.KEPT
     beside = pretrained.beside(kept)
     tokenizer = Tokenizer.load(folder).ending_with(pretrained.end_ids(beside, kept))
     context = pretrained.context(beside, kept) or run.data.seq_len
     return Trained(run, model, params, tokenizer, pretrained.chat(beside, kept), context)
-
-
-def _params(folder: Path, run: Run, model: Model, step: int | str, ema: bool) -> Any:
-    """What a run has learned, on what it was loaded from where that alone is saved."""
-    load = loaded_first(run.start)
-    if load is None or run.trainable == "*":
-        return load_params(folder, None, step, ema)
-    checkpoint = find_step(folder.absolute(), step)
-    load.check_unchanged(checkpoint)
-    base = load.read(jax.eval_shape(model.init, jax.random.key(0)))
-    key = jax.random.fold_in(jax.random.key(np.uint32(run.seed)), 1)
-    trainable, frozen = tree.partition(jax.jit(rest_of(run.start))(base, key), run.trainable)
-    params = tree.combine(load_params(folder, trainable, step, ema), frozen)
-    known = stored.about(checkpoint)["meta"].get("weights")
-    if known is not None and json.loads(json.dumps(describe(params))) != known:
-        raise ValueError(
-            f"{folder}: the start in run.txt makes other weights than {checkpoint} was trained with, such as another "
-            "alpha or other bits; bring the old run.txt back"
-        )
-    return params
 
 
 def _check_shapes(params: Any, wanted: Any, folder: Path) -> None:

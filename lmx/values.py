@@ -53,6 +53,22 @@ def parse(text: str, kind: Any, where: str = "value") -> Any:
     raise ValueError(f"{where}: cannot read {_short(text)!r} as {_name(kind)}{_tuple_hint(text, kind)}")
 
 
+def part(text: str, path: str, kind: Any, where: str = "value") -> Any:
+    """One setting of a value that `show` wrote, without reading the others, whose classes need not be known.
+
+    >>> part("Run(data=Data(train=(Mine(),), seq_len=64), seed=3)", "data.seq_len", int)
+    64
+
+    Raises: ValueError if it is not there, or not of this type.
+    """
+    node: Any = _parsed(text.strip())
+    for name in path.split("."):
+        node = next((k.value for k in getattr(node, "keywords", ()) if k.arg == name), None)
+        if node is None:
+            raise ValueError(f"{where}: no setting {path!r} in {_short(text)!r}")
+    return _build(node, kind, f"{where}: {path}")
+
+
 def override(value: Any, changes: dict[str, str]) -> Any:
     """`value` with fields replaced by text: `override(run, {"optim.lr": "3e-4", "model.unroll": "none"})`.
 

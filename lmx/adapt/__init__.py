@@ -20,6 +20,7 @@ from lmx.adapt.lora import (
     unmerge,
 )
 from lmx.adapt.matrices import EVERY, LAYERS
+from lmx.adapt.project import Project
 from lmx.adapt.quantize import W4A8, W8A8, Cast, Fp8, Gguf, Int4, Int8, Nf4, Qat, Quantize, Rotate, Settle
 from lmx.adapt.spend import sensitivity, spend
 from lmx.adapt.virtual import Prefix, Prompt
@@ -47,6 +48,7 @@ __all__ = [
     "Nf4",
     "Pissa",
     "Prefix",
+    "Project",
     "Prompt",
     "Prune",
     "Qat",

@@ -93,13 +93,13 @@ def main(argv: list[str]) -> None:
 
 
 def _texts(run) -> str:
-    """A hash of the texts that a run reads; empty where one is missing, which the run itself then tells."""
+    """A hash of the texts that a run reads, and of what teaches it; empty where one is missing, which the run itself
+    then tells."""
     from lmx import artifact
     from lmx.data import source
 
     try:
-        return artifact.hash_text(
-            " ".join(source(x).fingerprint() for x in (*run.data.train, *run.data.valid))
-        )
+        texts = [source(x).fingerprint() for x in (*run.data.train, *run.data.valid)]
+        return artifact.hash_text(" ".join([*texts, *(artifact.find(x).hash for x in run.enrich.files())]))
     except (ValueError, OSError):
         return ""

@@ -17,10 +17,12 @@ class Loss(ABC):
     local: its value at t depends on hidden states and batch entries at t alone, so that it may be cut along T
       (see `Chunked`).
     of_pairs: its value is of a pair of replies, and its term's mask `pair_mask`, which counts each pair once.
+    reads: what it reads of every layer, of the student's `out.kept` and the teacher's: names among `lmx.nn.KEPT`.
     """
 
     local: ClassVar[bool] = True
     of_pairs: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:

@@ -40,6 +40,11 @@ class Term:
             raise ValueError(f"Term: {self.loss} is of {of}, and mask={self.mask!r} counts others; use {way}")
 
 
+def reads(objective: Mapping[str, Term]) -> tuple[str, ...]:
+    """What its terms read of every layer, each name once."""
+    return tuple(dict.fromkeys(name for term in objective.values() for name in term.loss.reads))
+
+
 def counts(objective: Mapping[str, Term], batch: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
     """The sum of each term's mask, float32, in tokens. Plain sums: over shards they add up (`psum`).
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lmx import values
 from lmx.losses.base import Loss
 
 
@@ -24,14 +26,36 @@ class SoftLabels(Loss):
     """
 
     def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
+        z, s = self._pair(out, batch)
+        return jax.nn.softplus(z) - s * z
+
+    def _pair(self, out, batch):
+        """(the logit of p, s)"""
+        name = type(self).__name__
         if "scores" not in batch:
             raise ValueError(
-                "SoftLabels: the batch has no scores; train on Answers(task, head=True) of a task with answer=Score()"
+                f"{name}: the batch has no scores; train on Answers(task, head=True) of a task with answer=Score()"
             )
         logits = out.logits
         if logits.shape[-1] != 2:
-            raise ValueError(
-                f"SoftLabels: {logits.shape[-1]} classes; score with two, start=(..., Classes(2))"
-            )
-        z = logits[..., 1] - logits[..., 0]
-        return jax.nn.softplus(z) - batch["scores"] * z
+            raise ValueError(f"{name}: {logits.shape[-1]} classes; score with two, start=(..., Classes(2))")
+        return logits[..., 1] - logits[..., 0], batch["scores"].astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class SoftLogits(SoftLabels):
+    """(z - log(s / (1 - s)))**2, z the logit of p, with s kept within [clip, 1 - clip], where that is finite.
+
+    It weighs what is wrong near 0 and 1 more than `SoftLabels` does, for teachers whose small scores mean something.
+    Source: Ba & Caruana 2014, arXiv:1312.6184, section 2.2.
+    """
+
+    clip: float = 1e-3
+
+    def __post_init__(self):
+        values.check(self, clip="(0, 0.5)")
+
+    def __call__(self, out: Any, batch: Mapping[str, Any]) -> Float[Array, "B T"]:
+        z, s = self._pair(out, batch)
+        s = jnp.clip(s, self.clip, 1.0 - self.clip)
+        return jnp.square(z - jnp.log(s) + jnp.log1p(-s))

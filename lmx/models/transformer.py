@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from lmx import tree, values
 from lmx.mesh import ROWS, Rules, fit
-from lmx.nn import PRODUCT, Block, BlockConfig, Context, Norm, weight
+from lmx.nn import KEPT, PRODUCT, Block, BlockConfig, Context, Norm, weight
 from lmx.ops import experts, flash
 from lmx.ops.attention import attention
 from lmx.ops.mask import Where
@@ -33,11 +33,14 @@ RULES: Rules = (
     ("*/o/w*|*/down/w*", ("tensor", "fsdp")),
     ("embed*", ("tensor", "fsdp")),
     ("*/prefix/*", ("tensor",)),
-    ("prompt|classes", ()),
+    ("prompt|classes|project", ()),
     ("*/q/b|*/k/b|*/v/b|*/up/b|*/gate/b", ("tensor",)),
     ("*/b|*scale|*bias|position_*", ()),
 )
 """Mesh axes of the last dimensions of each parameter, as `lmx.mesh.shardings` reads them."""
+
+AIDS = ("project",)
+"""Parameters beside a model's own that only its training uses: whoever reads the trained model does not get them."""
 
 REMAT: dict[str, Any] = {
     "full": None,
@@ -103,12 +106,15 @@ class Out:
     or of the classes of `lmx.adapt.Classes`.
 
     routing: for losses on the routers; None without experts.
+    kept: what each layer was asked for, [L, B, T, ...] by its name among `lmx.nn.KEPT`, and with it the matrix
+      `project` of `lmx.adapt.Project`, where there is one; None if nothing was asked for.
     """
 
     hidden: Float[Array, "B T D"]
     head: Array | Weight
     softcap: float | None = static(default=None)
     routing: Routing | None = None
+    kept: dict[str, Any] | None = None
 
     @cached_property
     def logits(self) -> Float[Array, "B T V"]:
@@ -191,8 +197,8 @@ class Model(NamedTuple):
     """Pure functions of one configuration.
 
     init(key) -> params
-    apply(params, batch, key=None) -> Out; batch has tokens [B, T], and positions and segment_ids if packed;
-      a key turns dropout and noise on.
+    apply(params, batch, key=None, keep=()) -> Out; batch has tokens [B, T], and positions and segment_ids if packed;
+      a key turns dropout and noise on; `Out.kept` has what `keep` names of `lmx.nn.KEPT`.
     step(params, cache, tokens [B, t], valid [B, t] or None) -> (Out, cache): the next t tokens of each row;
       valid is False on right padding, which leaves no trace in the cache. The cache is one of this model's own kind.
     new_cache(batch_size, length, params=None) -> Cache with room for `length` tokens per row; more are dropped.
@@ -278,11 +284,14 @@ class Transformer(nn.Module):
         context = Context(where, position_weights, slots, kv_where)
         each = None if self.is_initializing() else self.get_variable("params", "blocks")
         if isinstance(each, tuple):
-            x, cache, routing = _one_by_one(block(*make, parent=None), each, x, cache, context)
+            asked = [name for name in KEPT if self.is_mutable_collection(name)]
+            x, cache, routing, kept = _one_by_one(block(*make, parent=None), each, x, cache, context, asked)
+            for name, values_of in kept.items():
+                self.put_variable(name, name, values_of)
         else:
             layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "stats": 0},
+                variable_axes={"params": 0, "stats": 0, **dict.fromkeys(KEPT, 0)},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 length=c.n_layers,
@@ -327,7 +336,7 @@ def build(
         tokens = jnp.zeros((1, 2), jnp.int32)
         return make(attend=attention).init({"params": key}, tokens, _places(tokens))["params"]
 
-    def apply(params, batch, key=None):
+    def apply(params, batch, key=None, keep=()):
         where = (
             Where(batch["positions"], batch["segment_ids"])
             if "positions" in batch
@@ -337,8 +346,14 @@ def build(
         params = prefixed(config, params)
         module = make(deterministic=key is None or config.dropout == config.embed_noise == 0)
         rngs = None if key is None else {"dropout": key}
-        out, _ = module.apply({"params": params}, batch["tokens"], where, rngs=rngs)
-        return out
+        if not keep:
+            return module.apply({"params": params}, batch["tokens"], where, rngs=rngs)[0]
+        (out, _), said = module.apply(
+            {"params": params}, batch["tokens"], where, rngs=rngs, mutable=list(keep)
+        )
+        kept = {name: jax.tree.leaves(said[name])[0] for name in keep}
+        kept |= {name: params[name] for name in AIDS if name in params}
+        return replace(out, kept=kept)
 
     def step(params, cache, tokens, valid=None):
         _check_kept(cache, kept)
@@ -442,17 +457,22 @@ def _noise(key: jax.Array, x: Array, segment_ids: Array, scale: float) -> Array:
     return bound * jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)
 
 
-def _one_by_one(block: Block, params: tuple, x, cache, context: Context):
-    """The layers of `unstacked` parameters. Returns what the scan over a stack does."""
-    routings, caches = [], []
-    one = jax.jit(lambda p, carry, layer, context: block.apply({"params": p}, carry, layer, context))
+def _one_by_one(block: Block, params: tuple, x, cache, context: Context, asked: list[str]):
+    """The layers of `unstacked` parameters. Returns what the scan over a stack does, and what was asked of each."""
+    routings, caches, said = [], [], []
+
+    @jax.jit
+    def one(p, carry, layer, context):
+        return block.apply({"params": p}, carry, layer, context, mutable=asked)
+
     for layer, of_layer in enumerate(params):
         kv = None if cache is None else tuple(part[layer] for part in cache)
-        (x, kv), routing = one(of_layer, (x, kv), jnp.int32(layer), context)
+        ((x, kv), routing), kept = one(of_layer, (x, kv), jnp.int32(layer), context)
         routings.append(routing)
         caches.append(kv)
+        said.append({name: jax.tree.leaves(kept[name])[0] for name in asked})
     cache = None if cache is None else tuple(zip(*caches))
-    return x, cache, None if routings[0] is None else jnp.stack(routings)
+    return x, cache, None if routings[0] is None else jnp.stack(routings), tree.stack(said) if asked else {}
 
 
 def unstacked(params: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lmx import values
-from lmx.nn.linear import Linear
+from lmx.nn.linear import Linear, keep
 from lmx.nn.norm import Norm, NormConfig
 from lmx.ops.mask import EVERY, Causal, Mask, SameOrEvery, SameSegment, SlidingWindow, Where
 from lmx.ops.position import NoPE, Position, RoPE
@@ -135,6 +135,8 @@ class Attention(nn.Module):
         q, k, v = (y.reshape(B, T, -1, H) for y in (q, k, v))
         if c.qk_norm is True:
             q, k = Norm(self.norm, name="q_norm")(q), Norm(self.norm, name="k_norm")(k)
+        for name, heads in zip(("queries", "keys", "values"), (q, k, v)):
+            keep(self, name, heads)
 
         def turn(local, q, k):
             position = local.position if local and local.position else self.position

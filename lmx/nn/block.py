@@ -9,6 +9,7 @@ import flax.linen as nn
 from jaxtyping import Array, Int
 
 from lmx.nn.attention import Attention, AttentionConfig, Context
+from lmx.nn.linear import keep
 from lmx.nn.mlp import MlpConfig
 from lmx.nn.norm import Norm, NormConfig
 from lmx.ops.experts import mix
@@ -77,6 +78,7 @@ class Block(nn.Module):
 
         x = self._residual("attn_norm", x, attend)
         x = self._residual("mlp_norm", x, feed)
+        keep(self, "hidden", x)
         return (x, cache), routing
 
     def _residual(self, name: str, x, sublayer):

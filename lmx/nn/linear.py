@@ -39,6 +39,17 @@ class Inputs(NamedTuple):
     n: Float[Array, "*E"]
 
 
+KEPT = ("hidden", "queries", "keys", "values")
+"""What every layer can say of itself: its output [B, T, D], and its heads [B, T, N, H], [B, T, K, H] twice, before they
+are turned by position. Each is a collection, and kept only where that is mutable."""
+
+
+def keep(module: nn.Module, name: str, x: Array) -> None:
+    """Says x of a layer where the collection of this name, one of KEPT, is asked for."""
+    if module.is_mutable_collection(name) and not module.is_initializing():
+        module.put_variable(name, name, x)
+
+
 class Linear(nn.Module):
     """x [..., d_in] -> [..., d_out]; `w` [d_in, d_out] is drawn from N(0, std^2), `b` starts at 0.
 

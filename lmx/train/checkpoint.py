@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from lmx import artifact
+from lmx.models.transformer import AIDS
 from lmx.train import stored
 from lmx.tree import matches
 
@@ -306,7 +307,7 @@ def load_params(folder: str | Path, like: Any = None, step: int | str = "latest"
     averages = {
         path.partition(mark)[2]: (path, entry)
         for path, entry in about["tree"].items()
-        if path.startswith("opt_state/") and mark in path
+        if path.startswith("opt_state/") and mark in path and path.partition(mark)[2] not in AIDS
     }
     if ema and not averages:
         raise ValueError(

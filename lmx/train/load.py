@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Load(Surgery):
                 raise ValueError(f"{path} is quantized; convert it first: lmx convert {path} runs/NAME")
             there = pretrained.shapes(found.config)
         else:
-            there = _stored(find_step(path.absolute(), self.step))
+            there = checkpointed(find_step(path.absolute(), self.step))
         if "classes" in there:
             raise ValueError(
                 f"{path} has a head of classes already; start from the model that it was made from"
@@ -90,17 +91,25 @@ class Load(Surgery):
 
         Raises: ValueError if it does not, as when "latest" is another step by now.
         """
-        known = artifact.read(checkpoint)
-        hashes = {x.hash for x in known.made_from} if known else set()
-        for path in self.files():
-            if artifact.find(path).hash not in hashes:
-                raise ValueError(
-                    f"{path} is not what {checkpoint} was trained on, which holds what was trained alone; bring the "
-                    "old one back, or name its step in run.txt: Load(..., step=NUMBER)"
-                )
+        check_unchanged(self.files(), checkpoint)
 
 
-def _stored(folder: Path) -> Any:
+def check_unchanged(files: Iterable[Path], checkpoint: Path) -> None:
+    """That files are what they were when `checkpoint` was made with them, which does not hold what they do.
+
+    Raises: ValueError naming the first that is not.
+    """
+    known = artifact.read(checkpoint)
+    hashes = {x.hash for x in known.made_from} if known else set()
+    for path in files:
+        if artifact.find(path).hash not in hashes:
+            raise ValueError(
+                f"{path} is not what {checkpoint} was trained on, which does not hold it; bring the old one back, or "
+                "name its step in run.txt: step=NUMBER of Load or Teacher"
+            )
+
+
+def checkpointed(folder: Path) -> Any:
     """The parameters in a checkpoint, as ShapeDtypeStruct."""
     about = stored.about(folder)
     found = stored.parameters(about).items()

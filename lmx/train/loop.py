@@ -112,13 +112,15 @@ def session(
     """Prepares the run's data (or finds it prepared) and takes the vocabulary size from its tokenizer.
 
     cache: folder of prepared data and compiled programs; None means `cache_folder()`.
-    Raises: ValueError if the model's vocab_size is smaller than the tokenizer's.
+    Raises: ValueError if the model's vocab_size is smaller than the tokenizer's, or `run.enrich` does not fit.
     """
     cache = Path(cache or cache_folder())
     keep_compiled(cache)
     prepared = datasets.prepare(run.data, cache / "data", seed=run.seed, progress=progress)
     prepared.report.warn("the run's text")
-    return Session(with_vocab(run, prepared.tokenizer.vocab_size), prepared, devices and tuple(devices))
+    run = with_vocab(run, prepared.tokenizer.vocab_size)
+    run.enrich.check(run, prepared.tokenizer)
+    return Session(run, prepared, devices and tuple(devices))
 
 
 def steps(run: Any, **options) -> Iterator[tuple[State, dict]]:

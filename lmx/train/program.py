@@ -6,7 +6,7 @@ The same functions train here, and compile for a machine that is not here (`lmx 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -77,19 +77,30 @@ def program(run: Any, mesh: Mesh) -> Program:
     def init(base: Any, seed: jax.Array) -> State:
         key = jax.random.key(seed)
         params = params_of(base, key)
-        constants = run.enrich.constants(tree.partition(params, run.trainable)[0])
-        return new_state(params, run.trainable, tx, jax.random.fold_in(key, 2), constants)
+        return new_state(params, run.trainable, tx, jax.random.fold_in(key, 2))
 
     state_shapes = jax.eval_shape(init, base, np.uint32(0))
-    placed = _placed(state_shapes, mesh)
+    first = _placed(state_shapes, mesh)
+    state_shapes = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state_shapes, first
+    )
+    constants = run.enrich.shapes(run, state_shapes.trainable, mesh)
+    state_shapes = replace(state_shapes, constants=constants)
+    placed = jax.tree.map(lambda x: x.sharding, state_shapes)
+    apply = partial(model.apply, keep=losses.reads(run.objective))
     one_step = partial(
-        train_step, apply=model.apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
+        train_step, apply=apply, objective=run.objective, tx=tx, enrich=run.enrich, n_micro=run.n_micro
     )
 
     def step(state, batch, **more):
         return one_step(state, hide(batch), **more)
 
-    start = jax.jit(init, out_shardings=placed, donate_argnums=0)
+    fresh_state = jax.jit(init, out_shardings=first, donate_argnums=0)
+
+    def start(seed: int) -> State:
+        state = fresh_state(load and load.read(fresh, None if pmap else mesh), np.uint32(seed))
+        return replace(state, constants=run.enrich.constants(run, state.trainable, mesh))
+
     if pmap:
         step = _pmapped(step, mesh)
     else:
@@ -97,13 +108,13 @@ def program(run: Any, mesh: Mesh) -> Program:
     return Program(
         model,
         mesh,
-        lambda seed: start(load and load.read(fresh, None if pmap else mesh), np.uint32(seed)),
+        start,
         step,
         jax.jit(
             lambda params, constants, batch: _evaluate(run, model, params, constants, hide(batch)),
             out_shardings=NamedSharding(mesh, P()),
         ),
-        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shapes, placed),
+        state_shapes,
         partial(_place, NamedSharding(mesh, meshes.BATCH)),
     )
 
@@ -194,7 +205,8 @@ def _evaluate(run, model, params, constants, batch):
     if terms is run.objective:
         batch = run.enrich(constants, batch, lambda x: model.apply(tree.combine(x, params), batch))
     ones = dict.fromkeys(terms, jnp.float32(1))
-    return losses.total(terms, model.apply(params, batch), batch, ones)[1], losses.counts(terms, batch)
+    out = model.apply(params, batch, keep=losses.reads(terms))
+    return losses.total(terms, out, batch, ones)[1], losses.counts(terms, batch)
 
 
 def _of_classes(batch: dict) -> dict:

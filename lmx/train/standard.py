@@ -21,6 +21,7 @@ from lmx.data.store import explained
 from lmx.optim import Muon, lr_at
 from lmx.train import stored
 from lmx.train.checkpoint import FOLDER, Checkpoints, steps
+from lmx.train.load import check_unchanged
 from lmx.train.loop import Session, to_host
 from lmx.train.metrics import JsonLines, Meter, Sink
 from lmx.train.program import loaded_first
@@ -98,7 +99,7 @@ def _run(session: Session, out: Path, sinks: Iterable[Sink], source: Path | None
     checkpoints = Checkpoints(
         out / FOLDER,
         keep=plan.keep,
-        made_from=(*prepared.made_from, origin, *(load.files() if load else ())),
+        made_from=(*prepared.made_from, origin, *(load.files() if load else ()), *plan.enrich.files()),
         skip="constants/*|frozen/*" if load else "constants/*",
     )
     state, start, waited = _begin(session, checkpoints, out)
@@ -206,8 +207,8 @@ def _begin(session: Session, checkpoints: Checkpoints, out: Path) -> tuple[State
         _check_free(session, out)
         return session.init(), 0, 0
     load = loaded_first(session.run.start)
-    if load:
-        load.check_unchanged(out / FOLDER / str(checkpoints.latest()))
+    latest = out / FOLDER / str(checkpoints.latest())
+    check_unchanged([*(load.files() if load else ()), *session.run.enrich.files()], latest)
     constants = jax.tree.leaves(session.program.shapes.constants)
     like = session.init() if load or constants else session.program.shapes  # neither is in a checkpoint
     state, meta = checkpoints.restore(like)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from lmx import tree
 from lmx.losses import counts, log_p, total
@@ -22,13 +24,31 @@ from lmx.train.state import State
 
 @dataclass(frozen=True)
 class Enrich:
-    """(constants, batch) -> batch with more entries, inside the compiled step; this one adds none."""
+    """(constants, batch) -> batch with more entries, inside the compiled step; this one adds none.
 
-    def constants(self, trainable: Any) -> Any:
-        """The arrays it needs, made once when the run starts. They never change, and are not saved with it.
+    Its constants are arrays that never change and are not saved with a run, but made again when it resumes.
+    """
+
+    def files(self) -> list[Path]:
+        """What it reads, whose hashes a run's checkpoints keep."""
+        return []
+
+    def check(self, run: Any, tokenizer: Any) -> None:
+        """Before a run starts. Raises: ValueError if what it adds does not fit the run, or the run's tokenizer."""
+
+    def shapes(self, run: Any, trainable: Any, mesh: Mesh) -> Any:
+        """Its constants as ShapeDtypeStruct, each with its place on the mesh, without reading or making an array.
 
         Args:
-          trainable: the parameters that learn, before they have, with None in place of the others.
+          trainable: the parameters that learn, as ShapeDtypeStruct, with None in place of the others.
+        """
+        return None
+
+    def constants(self, run: Any, trainable: Any, mesh: Mesh) -> Any:
+        """Its constants, outside of compiled programs, so they may come from files.
+
+        Args:
+          trainable: the parameters that learn, before they have. The step gives up their buffers: copy what is kept.
         """
         return None
 
@@ -48,8 +68,11 @@ class Reference(Enrich):
     What is not trainable is shared with the model: beside an adapter only another copy of the adapter is kept.
     """
 
-    def constants(self, trainable: Any) -> Any:
+    def shapes(self, run: Any, trainable: Any, mesh: Mesh) -> Any:
         return trainable
+
+    def constants(self, run: Any, trainable: Any, mesh: Mesh) -> Any:
+        return jax.tree.map(jnp.copy, trainable)
 
     def __call__(self, constants: Any, batch: dict, answer: Callable[[Any], Any]) -> dict:
         return batch | {"reference": log_p(answer(constants), batch)}

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lmx import artifact
+from lmx.models.transformer import AIDS
 from lmx.tree import path_str
 from lmx.weights.describe import rebuild
 
@@ -142,11 +143,13 @@ def about(folder: Path) -> dict:
 
 
 def parameters(about: dict) -> dict[str, tuple[str, tuple]]:
-    """The parameters among what a checkpoint holds: their path -> (path in the checkpoint, (dtype, shape))."""
+    """The parameters of the model among what a checkpoint holds: their path -> (path in the checkpoint, (dtype,
+    shape))."""
     kept = {
         path: entry for path, entry in about["tree"].items() if path.startswith(("trainable/", "frozen/"))
     }
-    return {path.partition("/")[2]: (path, entry) for path, entry in kept.items()}
+    found = {path.partition("/")[2]: (path, entry) for path, entry in kept.items()}
+    return {path: x for path, x in found.items() if path not in AIDS}
 
 
 def arranged(about: dict, arrays: Mapping[str, Any], folder: Path) -> Any:
@@ -157,6 +160,7 @@ def arranged(about: dict, arrays: Mapping[str, Any], folder: Path) -> Any:
     described = about["meta"].get("weights")
     if described is None:
         return nest(arrays)
+    described = {name: x for name, x in described.items() if name not in AIDS}
     try:
         return rebuild(described, arrays.__getitem__)
     except KeyError as missing:
