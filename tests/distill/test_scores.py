@@ -262,13 +262,14 @@ def folder(tmp_path):
 
 def test_scoring_that_is_killed_goes_on_and_two_do_not_mix(folder):
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=work, args=(folder, 0.05))
+    process = context.Process(target=work, args=(folder, 0.2))
     process.start()
     part = folder / "scored.jsonl.part"
     end = time.monotonic() + 300
     while not (part.exists() and part.read_bytes().count(b"\n") >= 16):
         assert process.is_alive() and time.monotonic() < end
         time.sleep(0.005)
+    os.kill(process.pid, signal.SIGSTOP)  # so that it is still at it
     with pytest.raises(ValueError, match="is in use by process"):
         work(folder)
     os.kill(process.pid, signal.SIGKILL)
