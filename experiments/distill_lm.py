@@ -18,12 +18,13 @@ of one row; and, as a draft of its teacher in speculative decoding, the share of
 Found:  the eighth alone, after 20 steps of 4 x 128 tokens, one seed, 4 windows of 256 tokens judged (1 December 2026,
         commit 7609db4, 2 CPU cores at a load of 8 to 13, jax 0.10.2). Ten thousand tokens tell starts apart and not yet
         what is learned. Bits per byte and KL: teacher 1.37; pruned and not yet trained 3.46, 5.78; pruned, by KL 2.77,
-        3.85, by text 2.74, 3.93; at random, by KL 3.28, 5.43, by text 3.33, 5.71. A pruned start by text has the lower loss on text, by KL
-        the lower KL; of 4 drafted tokens the teacher accepts 3.4 % from either pruned student, 1.4 % from the others.
+        3.85, by text 2.74, 3.93; at random, by KL 3.28, 5.43, by text 3.33, 5.71. A pruned start by text has the lower
+        loss on text, by KL the lower KL; of 4 drafted tokens the teacher accepts 3.4 % from either pruned student,
+        1.4 % from the others.
         The half and the quarter, and the whole setting, were not run to their end.
 
-Run:    python experiments/distill_lm.py --small            (about 20 minutes on 2 CPU cores, 30 thousand tokens each)
-        python experiments/distill_lm.py                    (16 million tokens each: an hour on a GPU)
+Run:    python experiments/distill_lm.py --small            (30 thousand tokens each; sized for 2 CPU cores)
+        python experiments/distill_lm.py                    (16 million tokens each; sized for a GPU)
         python experiments/distill_lm.py --sizes half --ways kl gkd --seeds 3    (half of the batches its own writing)
         lmx train experiments/distill_lm.py --variant quarter-pruned-kl      (one, after --prune has made the starts)
         Each repeats nothing that is done: repeat a command to go on where it stopped.
