@@ -83,9 +83,14 @@ def _run(folder: Path) -> dict[str, str]:
     steps = checkpoint.steps(folder / checkpoint.FOLDER)
     rows = {"run": str(folder)} | about.shape(run.model, run.data.seq_len)
     if steps:
-        described = stored.about(folder / checkpoint.FOLDER / str(max(steps)))["meta"].get("weights")
-        if leaves := Counter(_leaves(described)):
+        about = stored.about(folder / checkpoint.FOLDER / str(max(steps)))
+        if leaves := Counter(_leaves(about["meta"].get("weights"))):
             rows["weights"] = ", ".join(f"{n} {kind}" for kind, n in leaves.items())
+        if head := stored.parameters(about).get("classes"):
+            tasks = (getattr(source, "task", None) for source in run.data.train)
+            labels = [label for task in tasks if task for label in getattr(task.answer, "labels", {}).values()]
+            named = f": {', '.join(labels)}" if labels else ""
+            rows["head"] = f"{head[1][1][-1]} classes in place of words{named}"
     rows["tokenizer"] = f"{run.data.tokenizer}"
     batch = f"{run.data.batch_size} x {run.data.seq_len} tokens"
     rows["trained"] = f"{max(steps, default=0)} of {run.steps} steps of {batch}"

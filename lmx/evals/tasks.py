@@ -199,6 +199,10 @@ def judge(
         )
     if "classes" in model.params:
         _check_head(model, task, chat, per)
+        if any(shown):
+            raise ValueError(
+                "score: a head of classes has learned to read questions alone; leave the examples before them out"
+            )
     if per not in _LENGTHS:
         raise ValueError(f"score: per={per!r}; use 'answer', 'token' or 'byte'")
     if votes and choices:

@@ -266,20 +266,24 @@ def finished(session: Session, out: str | Path) -> bool:
 
 
 def _check_same(session: Session, step: int, meta: dict, out: Path) -> None:
-    _check_settings(session, meta["run"], step, out)
-    if meta["data"]["fingerprint"] != session.prepared.train.fingerprint:
+    other_data = meta["data"]["fingerprint"] != session.prepared.train.fingerprint
+    _check_settings(session, meta["run"], step, out, other_data)
+    if other_data:
         raise ValueError(f"{out}: its data has changed since it was started; choose another folder")
 
 
-def _check_settings(session: Session, text: str, step: int, out: Path) -> None:
+def _check_settings(session: Session, text: str, step: int, out: Path, other_data: bool = False) -> None:
     """A run may get other `steps` as long as the learning rates of the `step` updates it has made stay the same.
 
+    other_data: of `steps` nothing is said, which may be counted from the data.
     Raises: ValueError that names what differs from the run saved as `text`.
     """
     kind = type(session.run)
     saved, asked = (values.parse(run, kind, str(out)) for run in (text, values.show(session.run)))
     changed = {k: v for k, v in values.diff(saved, asked).items() if k.split(".")[0] not in RESUMABLE}
-    if set(changed) == {"steps"} and step < session.run.steps:
+    if set(changed) == {"steps"} and other_data:
+        changed = {}
+    elif set(changed) == {"steps"} and step < session.run.steps:
         before, after = (_rates(run, step) for run in (saved, session.run))
         if np.array_equal(before, after):
             changed = {}

@@ -7,7 +7,7 @@ import pytest
 
 from lmx.cli.tune import way
 from lmx.evals import score
-from lmx.run import trained
+from lmx.run import load, trained
 from lmx.tasks import Choices, Records, Task, Template
 
 CHOICES = ("--template", "{text}\\nभाव:", "--labels", "0=ना,1=हाँ")
@@ -23,7 +23,7 @@ def reviews(folder):
     return "--test", "dev.csv", "--train", "train.csv"
 
 
-def test_ways_are_trained_judged_and_told(run, lmx, folder, reviews):
+def test_ways_are_trained_judged_and_told(run, lmx, refused, folder, reviews):
     how = "--ways 3e-2@full head --epochs 8 --seq-len 64 --valid-share 0.3".split()
     words = ("tune", run[0], *reviews, *CHOICES, *how)
     with pytest.warns(UserWarning, match="test questions"):
@@ -41,6 +41,30 @@ def test_ways_are_trained_judged_and_told(run, lmx, folder, reviews):
     assert "held out" in (folder / "tuned" / "report.html").read_text()
     with pytest.warns(UserWarning, match="test questions"):
         assert lmx(*words, "--shots", "2", "--text", "english.txt", "--out", "tuned") == told
+    assert "2 classes in place of words: ना, हाँ" in lmx("info", "tuned/head")
+    asked = ("prompt", "score", "tuned/head", *reviews, *CHOICES)
+    assert "accuracy" in lmx(*asked)
+    with pytest.warns(UserWarning, match="test questions"):
+        assert "leave the examples before them out" in refused(*asked, "--shots", "2")
+    before = (folder / "train.csv").read_text(encoding="utf-8")
+    more = "".join(f"अच्छी {i},1\n" for i in range(40))
+    (folder / "train.csv").write_text(before + more, encoding="utf-8")
+    with pytest.warns(UserWarning, match="test questions"):
+        assert "its data has changed" in refused(*words, "--text", "english.txt", "--out", "tuned")
+    (folder / "train.csv").write_text(before, encoding="utf-8")
+
+
+def test_the_best_by_accuracy_with_noise_and_smoothing(run, lmx, refused, folder, reviews):
+    how = "--ways 3e-2@full --epochs 8 --seq-len 64 --valid-share 0.3 --out by-score".split()
+    more = "--best accuracy --patience 2 --noise 5 --smoothing 0.1".split()
+    with pytest.warns(UserWarning, match="test questions"):
+        lmx("tune", run[0], *reviews, *CHOICES, *how, *more)
+    lines = (folder / "by-score" / "3e-2@full" / "metrics.jsonl").read_text().splitlines()
+    told = [line["valid/accuracy"] for line in map(json.loads, lines) if "valid/accuracy" in line]
+    assert told and all(0 <= x <= 1 for x in told)
+    saved = load(folder / "by-score" / "3e-2@full" / "run.txt")
+    assert (saved.best, saved.patience, saved.model.embed_noise) == ("-valid/accuracy", 2, 5.0)
+    assert "is judged by accuracy" in refused("tune", run[0], *reviews, *CHOICES, *how, "--best", "bleu")
 
 
 @pytest.mark.parametrize("text", ["lora:x", "head:4", "most", "fast@full", "full:8", "1e-4@", ":4"])
