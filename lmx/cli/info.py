@@ -88,7 +88,9 @@ def _run(folder: Path) -> dict[str, str]:
             rows["weights"] = ", ".join(f"{n} {kind}" for kind, n in leaves.items())
         if head := stored.parameters(about).get("classes"):
             tasks = (getattr(source, "task", None) for source in run.data.train)
-            labels = [label for task in tasks if task for label in getattr(task.answer, "labels", {}).values()]
+            labels = [
+                label for task in tasks if task for label in getattr(task.answer, "labels", {}).values()
+            ]
             named = f": {', '.join(labels)}" if labels else ""
             rows["head"] = f"{head[1][1][-1]} classes in place of words{named}"
     rows["tokenizer"] = f"{run.data.tokenizer}"
