@@ -5,6 +5,7 @@ The same functions train here, and compile for a machine that is not here (`lmx 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,7 +99,9 @@ def program(run: Any, mesh: Mesh) -> Program:
     fresh_state = jax.jit(init, out_shardings=first, donate_argnums=0)
 
     def start(seed: int) -> State:
-        state = fresh_state(load and load.read(fresh, None if pmap else mesh), np.uint32(seed))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Some donated buffers")  # codes take less
+            state = fresh_state(load and load.read(fresh, None if pmap else mesh), np.uint32(seed))
         return replace(state, constants=run.enrich.constants(run, state.trainable, mesh))
 
     if pmap:
