@@ -37,7 +37,8 @@ class Label:
     bits: int = 16
     """Of a log probability: 16, or 8."""
     context: int | None = None
-    """Tokens read at once, as long as the student's rows; that of the experiment, or 256."""
+    """Tokens read at once, as long as the student's rows; that of the experiment, or 256, or less if
+    the teacher reads less."""
     overlap: int = 0
     """Tokens of a long document that are read again, so that the next ones see them."""
     batch_tokens: int = 4096
@@ -86,11 +87,11 @@ def label(asked: Label) -> None:
     from lmx.cli.progress import Progress, Tokens
     from lmx.train.loop import cache_folder
 
-    found = _data(asked)
+    teacher, origin = _teacher(asked)
+    found = _data(asked, teacher.context)
     with Progress() as progress:
         prepared = data.prepare(found, cache_folder() / "data", progress=progress)
     prepared.report.warn("the text")
-    teacher, origin = _teacher(asked)
     has, words = teacher.model.config.vocab_size, prepared.tokenizer.vocab_size
     if has > words:
         print(
@@ -149,7 +150,7 @@ def _teacher(asked):
     return trained(asked.teacher, step), Load(str(asked.teacher), step).files()
 
 
-def _data(asked: Label):
+def _data(asked: Label, context: int):
     from lmx import run as runs
     from lmx.data import Data, File
 
@@ -161,5 +162,5 @@ def _data(asked: Label):
         found = runs.experiment(asked.text[0]).variant(asked.variant).data
         return replace(found, teacher=None)
     sources = tuple(map(cli.source_of, asked.text))
-    length = 256 if asked.context is None else asked.context
+    length = min(256, context) if asked.context is None else asked.context
     return Data(sources, valid_share=0.0, tokenizer=File(str(asked.teacher)), seq_len=length)
