@@ -13,7 +13,7 @@ import numpy as np
 
 from lmx import artifact, cli
 from lmx.adapt import Gguf, importance
-from lmx.cli.quantize import Options, hashed, judged, made, windows
+from lmx.cli.quantize import Options, hashed, judged, made, origin, windows
 from lmx.generate.rows import Decoder, Known
 from lmx.generate.sampling import Sampling
 from lmx.models import layers
@@ -68,7 +68,10 @@ def _compare(asked: Options, model) -> None:
     file = asked.out / RESULTS
     seen = windows(asked.calibration, model, asked.samples, asked.length)
     read = windows(asked.text or asked.calibration, model, asked.windows, asked.length)
-    done = _earlier(file, asked, {"calibration hash": hashed(seen), "text hash": hashed(read)})
+    _, files = origin(asked.model, asked.step, None)
+    hashes = {"calibration hash": hashed(seen), "text hash": hashed(read)}
+    hashes |= {"model hash": " ".join(artifact.find(x).hash for x in files)}
+    done = _earlier(file, asked, hashes)
     judge = replace(asked, embed=True)
     n = count(model.params)
     weights = {}
@@ -100,7 +103,7 @@ def _compare(asked: Options, model) -> None:
 def _earlier(file: Path, asked: Options, texts: dict[str, str]) -> dict:
     """What a frontier's file holds, or of a new one: {"asked": settings, "rows": {name: figures or a problem}}.
 
-    texts: hashes of what is read, since a text may change under its name.
+    texts: hashes of what is read, since a text or a model may change under its name.
     Raises: ValueError if it is damaged, or of other settings or texts.
     """
     left = ("out", "method", "report", "frontier", "bits")

@@ -114,6 +114,8 @@ def main(argv: list[str]) -> None:
         return frontier.compare(asked, model)
     with new_folder(asked.out) as folder:
         seen = windows(asked.calibration, model, asked.samples, asked.length) if asked.calibration else None
+        if asked.report:  # before the work, which a text that cannot be read would undo
+            windows(asked.text or asked.calibration, model, asked.windows, asked.length)
         began = time.monotonic()
         params, facts = made(asked, model, seen)
         facts |= {"seconds": time.monotonic() - began}
