@@ -105,7 +105,7 @@ def test_gradients_below_the_bound_are_not_clipped():
     got, _, _ = run(update, rng(3), 1e-2)
     expected, _, _ = run(free, rng(3), 1e-2)
     for path, x in expected.items():
-        np.testing.assert_allclose(got[path], x, rtol=1e-6)
+        np.testing.assert_allclose(got[path], x, rtol=1e-6, atol=1e-7)  # fused or not, an update rounds once
 
 
 def test_adamw_equals_optax_where_both_run():
