@@ -1,6 +1,6 @@
 """lmx: one small program per verb.
 
-  lmx quickstart                                     the whole house in five minutes, with a report
+  lmx quickstart                                     the whole house in nine minutes, with a report
   lmx train experiments/shakespeare_char.py          train a run; stop and repeat it to go on where it was
   lmx train FILE --variant V --set optim.lr=3e-4     another variant, with a setting changed
   lmx sweep FILE --seeds 3                           variants x seeds, a table and a plot with intervals

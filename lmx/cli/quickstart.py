@@ -3,7 +3,7 @@
 Fetches 11 MB of text once, and a released model of 93 MB to compare with; where that is out of reach, its chapter is
 skipped. Stop it and repeat the command: finished chapters are kept.
 
-  lmx quickstart                                         about five minutes on 2 CPU cores
+  lmx quickstart                                         about nine minutes on 2 CPU cores
   lmx quickstart --steps 3000                            a better model, in more time
   lmx quickstart --english mine.txt --hindi meri.txt     on text of your own
 """

@@ -12,7 +12,7 @@
 XLA:CPU multiplies int8 fast where it has AMX. Elsewhere its dot is 1.1 to 2.4 times as fast as that of float32, and on
 AVX2 one row takes six times as long as two. Converting blocks of the matrix just before their product takes as long as
 float32; integer sums over either axis and dots of int16 or int32 take longer. So the products of `lmx.ops.tiles` are
-compiled here: of one row 5 times as fast as float32 with VNNI and 3 times with AVX2, which is what reading a quarter of
+compiled here: of one row 4 times as fast as float32 with VNNI and 3 times with AVX2, which is what reading a quarter of
 the bytes allows, and of 16 rows 3 and 1.8 times (`scripts/bench_int8.py`).
 """
 
