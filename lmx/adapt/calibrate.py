@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from lmx import tree
 from lmx.adapt.gptq import gptq, lost
-from lmx.adapt.matrices import LAYERS, found
+from lmx.adapt.matrices import LAYERS, check, found
 from lmx.adapt.quantize import BITS, Int4, Quantize
 from lmx.nn import Inputs
 from lmx.weights import Quantized, Rotated, Scaled, Weight, dense, quantize
@@ -168,6 +168,7 @@ def calibrate(
 ) -> Calibrated:
     """The parameters with each matrix of the layers whose path fits `where` in the form that `method` gives it.
 
+    Where layers are one by one (`Unstack`), `where` may choose among them: "blocks/2?/*mlp*".
     Args:
       layers: the model's parts, `lmx.models.layers(config)`.
       tokens: what is read to see inputs; every one counts.
@@ -177,6 +178,8 @@ def calibrate(
     Raises: ValueError if no matrix fits, if one is none of a layer's products (a router), or, by the matrix's name, if
       inputs or numbers are not finite.
     """
+    check({"blocks": params["blocks"]}, where)
+    stacked = not isinstance(params["blocks"], tuple)
     one = jax.jit(partial(_looked_at, layers.layer), static_argnames="stage")
     rest = {name: x for name, x in params.items() if name != "blocks"}
     n_layers = tree.depth(params["blocks"])
@@ -184,9 +187,8 @@ def calibrate(
     made, shares = [], {}
     for i in range(n_layers):
         of_layer = tree.layer(params["blocks"], i)
-        wanted = {p: w for p, w in found(of_layer).items() if tree.matches(f"blocks/{p}", where)}
-        if not wanted:
-            raise ValueError(f"pattern {where!r} fits no matrix; a layer has {', '.join(found(of_layer))}")
+        at = "blocks" if stacked else f"blocks/{i}"
+        wanted = {p: w for p, w in found(of_layer).items() if tree.matches(f"{at}/{p}", where)}
         stages = STAGES if sequential else ("*",)
         stages = [[p for p in wanted if tree.matches(p, stage)] for stage in stages]
         left = set(wanted) - {p for stage in stages for p in stage}
@@ -204,9 +206,7 @@ def calibrate(
         xs = [one(rest, of_layer, i, x) for x in xs]
         made.append(of_layer)
         seen(i + 1, n_layers)
-    return Calibrated(
-        {**params, "blocks": _together(made, stacked=not isinstance(params["blocks"], tuple))}, shares
-    )
+    return Calibrated({**params, "blocks": _together(made, stacked)}, shares)
 
 
 def importance(

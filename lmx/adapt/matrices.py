@@ -23,9 +23,7 @@ def change(params: Any, where: str, f: Callable[[str, Any], Any]) -> Any:
     The embedding [V, D] is handed to f as the matrix [D, V] that a tied head multiplies by.
     Raises: ValueError if no matrix fits, with the paths of those there are.
     """
-    known = found(params)
-    if not any(tree.matches(path, where) for path in known):
-        raise ValueError(f"pattern {where!r} fits no matrix; there are {', '.join(known)}")
+    check(params, where)
 
     def one(path, w):
         if not is_matrix(path) or w is None:
@@ -39,6 +37,12 @@ def found(params: Any, where: str = "*") -> dict[str, Any]:
     """path -> matrix of those whose paths fit."""
     nodes = tree.nodes(params, Weight)
     return {path: w for path, w in nodes.items() if is_matrix(path) and tree.matches(path, where)}
+
+
+def check(params: Any, where: str) -> None:
+    """Raises: ValueError if the pattern fits no matrix, with the paths of those there are."""
+    if not found(params, where):
+        raise ValueError(f"pattern {where!r} fits no matrix; there are {', '.join(found(params))}")
 
 
 def within(w: Any, kind: type | tuple, f: Callable[[Any], Any]) -> Any:

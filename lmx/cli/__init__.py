@@ -16,7 +16,7 @@
   lmx convert MODEL OUT                              a released model into a run, or a run into a released model
   lmx adapt merge MODEL ADAPTER OUT                  adapters of PEFT: merge, extract, explain, for llama.cpp
   lmx quantize MODEL OUT --method gptq               fewer bits for each weight; --frontier compares every method
-  lmx shrink MODEL OUT --layers 15 --ff 768          fewer layers, heads, units, features: those that do most are kept
+  lmx shrink MODEL OUT --layers 15 --calibration T   fewer layers, heads, units, features: those that do most are kept
   lmx info MODEL                                     what a model or this machine is
   lmx explain ARTIFACT                               ancestry, from raw text to model
 

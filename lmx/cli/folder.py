@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,9 @@ def new_folder(out: Path) -> Iterator[Path]:
             f"{out} is a mounted disk or the folder you are in, which a new one cannot replace; name a folder in it"
         )
     out = out.resolve()
-    folder = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    folder = out.with_name(
+        f"{out.name[:60]}.partial-{uuid.uuid4().hex[:8]}"
+    )  # 60 letters are 240 bytes at most
     folder.mkdir(parents=True)
     try:
         yield folder

@@ -75,23 +75,27 @@ def _compare(asked: Options, model) -> None:
     judge = replace(asked, embed=True)
     n = count(model.params)
     weights = {}
-    if any(method[0] == "Q" for name, (method, *_) in FRONTIER.items() if name not in done["rows"]):
+    if any(
+        method[0] == "Q"
+        for name, (method, *_) in FRONTIER.items()
+        if "bits" not in done["rows"].get(name, {})
+    ):
         weights = importance(layers(model.run.model), model.params, seen)
     for name, (method, bits, order) in FRONTIER.items():
-        if name in done["rows"]:
+        if "perplexity" in done["rows"].get(name, {}):  # a problem may have gone
             continue
         began = time.monotonic()
         try:
             params, stored = _variant(
                 replace(judge, method=method, bits=bits, act_order=order), model, seen, weights
             )
+            row = {"bytes": stored, "bits": 8 * stored / n, "seconds": time.monotonic() - began}
+            row |= {k: asdict(v) for k, v in judged(asked, model, params).items()}
+            row["speed"] = None if method[0] == "Q" else speed(model, params)
         except ValueError as error:  # a method that this model's shapes rule out
             done["rows"][name] = {"problem": str(error)}
             print(f"{name:24} left out: {error}")
         else:
-            row = {"bytes": stored, "bits": 8 * stored / n, "seconds": time.monotonic() - began}
-            row |= {k: asdict(v) for k, v in judged(asked, model, params).items()}
-            row["speed"] = None if method[0] == "Q" else speed(model, params)
             done["rows"][name] = row
             near = (Interval(**row[k]) for k in ("perplexity", "kl"))
             print(f"{name:24} {row['bits']:5.2f} bits  " + "perplexity {}  KL {}".format(*near))
@@ -140,7 +144,7 @@ def speed(model, params, tokens: int = 32) -> float:
     fast = model._replace(params=params).for_decoding()
     endless = model.tokenizer.without("eos_token").ending_with(())
     decoder = Decoder(fast.model, fast.params, endless, Sampling(temperature=0, max_tokens=tokens + 1))
-    prompt = [list(range(16))]
+    prompt = [[0] * 16]
     times = []
     for _ in range(4):  # the first compiles
         rows = jax.block_until_ready(decoder.begin(prompt, [0], Known(), decoder.slots(prompt)))

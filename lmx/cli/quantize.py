@@ -102,7 +102,10 @@ def main(argv: list[str]) -> None:
     model = trained(asked.model, step, asked.ema)
     already = [path for path, w in nodes(model.params, Quantized).items() if isinstance(w, Quantized)]
     if already:
-        raise ValueError(f"{asked.model}: {already[0]} is quantized already; give the model it was made from")
+        raise ValueError(
+            f"{asked.model}: {already[0]} is quantized already; give the model it was made from, or all that it is "
+            f"now as plain numbers: `lmx convert {asked.model} OUT --layout dense`"
+        )
     wrong = [path for path, w in nodes(model.params, Weight).items() if not np.isfinite(dense(w)).all()]
     if wrong:
         raise ValueError(
@@ -138,15 +141,19 @@ def _check(asked: Options) -> None:
         raise ValueError("--frontier tries methods that look at inputs; give them a text: --calibration FILE")
     if asked.report and asked.text is None and asked.calibration is None:
         raise ValueError("--report judges the result on a text; give one: --text FILE")
-    if asked.frontier and asked.bits is not None:
-        raise ValueError(f"--bits {asked.bits} says nothing to --frontier, which tries its own")
     for name, methods in HEARD.items():
-        given = getattr(asked, name)
-        if given != getattr(Options, name) and asked.method not in methods and not asked.frontier:
-            option = ("no-" if given is False else "") + name.replace("_", "-")
+        if _given(asked, name) and asked.method not in methods and not asked.frontier:
             raise ValueError(
-                f"--{option} says nothing to --method {asked.method}; it is for {', '.join(methods)}"
+                f"--{_option(asked, name)} says nothing to --method {asked.method}; it is for {', '.join(methods)}"
             )
+    for name in ("method", "bits", "act_order", "embed"):
+        if _given(asked, name) and asked.frontier:
+            raise ValueError(f"--{_option(asked, name)} says nothing to --frontier, which tries its own")
+    for name in ("text", "windows"):
+        if _given(asked, name) and not (asked.report or asked.frontier):
+            raise ValueError(f"--{name} says how to judge, which --report or --frontier asks for")
+    if asked.frontier and asked.out.exists() and not asked.out.is_dir():
+        raise ValueError(f"{asked.out} is a file; name a folder")
     if asked.bits is not None and not 2 <= asked.bits <= 8:
         raise ValueError(f"--bits {asked.bits}; use 2, 3, 4, 5, 6 or 8, or for --method mixed a mean of them")
     if asked.method in ("nf4", "w4a8") and asked.group_size == 0:
@@ -164,6 +171,14 @@ def _check(asked: Options) -> None:
             raise ValueError(f"--{name} {getattr(asked, name)} is too few")
     if asked.out.exists() and not asked.frontier and (not asked.out.is_dir() or any(asked.out.iterdir())):
         raise ValueError(f"{asked.out} is already there; name a new folder")
+
+
+def _given(asked: Options, name: str) -> bool:
+    return getattr(asked, name) != getattr(Options, name)
+
+
+def _option(asked: Options, name: str) -> str:
+    return ("no-" if getattr(asked, name) is False else "") + name.replace("_", "-")
 
 
 def how(asked: Options, method: str, size: int | None) -> Any:
@@ -241,14 +256,14 @@ def made(asked: Options, model, seen: np.ndarray | None) -> tuple[Any, dict]:
 
 
 def _group_size(asked: Options, params, where: str) -> int:
+    """The usual one, or a half or less of it that divides the inputs of every matrix if 8 or more does."""
     from lmx.adapt.matrices import found
     from lmx.weights import shape_of
 
-    size = 64 if asked.method in ("nf4", "w4a8") else 128
+    usual = 64 if asked.method in ("nf4", "w4a8") else 128
     inputs = {shape_of(w)[-2] for path, w in found(params, where).items() if path != "embed"}
-    while size > 8 and any(d_in % size for d_in in inputs):
-        size //= 2
-    return size
+    sizes = (usual >> halved for halved in range(8))
+    return next((size for size in sizes if size >= 8 and not any(d_in % size for d_in in inputs)), usual)
 
 
 def _save(asked: Options, model, params, facts: dict, folder: Path) -> None:

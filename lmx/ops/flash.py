@@ -4,6 +4,7 @@
 |-----------|--------------|------------|------------------------------------------------------------|
 | reference | anything     | B N T S    | -                                                          |
 | cpu       | anything     | B N T S    | - (made for short rows on a CPU)                           |
+| one_query | x86 CPU      | N S        | T > 1, bias, softcap, not float32, S or H not 8 n          |
 | blockwise | anything     | T * block  | -                                                          |
 | cudnn     | NVIDIA       | B T S mask | bias, softcap, float32, head_dim over 128 or not 8 n       |
 | splash    | TPU (Pallas) | T          | bias, PrefixLM, a cache, a mask without SameSegment        |
@@ -27,6 +28,8 @@ from lmx.ops.attention import Bias, attention, check_heads
 from lmx.ops.blockwise import blockwise
 from lmx.ops.kept import kept
 from lmx.ops.mask import Causal, Full, Mask, SameSegment, SlidingWindow, Where
+from lmx.ops.one_query import obstacle as why_not_one_query
+from lmx.ops.one_query import one_query
 
 Shaped = Array | jax.ShapeDtypeStruct
 ROWS = ("data", "fsdp")
@@ -37,7 +40,7 @@ def pick(impl: str = "auto", *, platform: str, mesh: Mesh | None = None) -> Call
     """The attention of a model, with the signature of `attention.attention`.
 
     A named path serves whole rows, T = S. Steps over a cache, T < S, take the reference, or blockwise where
-    the scores of one head exceed 2**20, whatever the name.
+    the scores of one head exceed 2**20, or one_query where it can express them, whatever the name.
     Args:
       impl: a name in IMPLEMENTATIONS, or "auto" for the best path that can express the call.
       platform: "cpu", "gpu" (or "cuda") or "tpu"; the one the program is compiled for.
@@ -77,6 +80,10 @@ def choose(
     """The name of the best path for these shapes and this rule; it can always express them."""
     T, S = q.shape[1], k.shape[1]
     if T != S:
+        if platform == "cpu" and not obstacle(
+            "one_query", q, k, mask=mask, bias=bias, softcap=softcap, mesh=mesh
+        ):
+            return "one_query"
         return "reference" if T * S <= 2**20 else "blockwise"
     kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform)
     if kernel and T >= 128 and not obstacle(kernel, q, k, mask=mask, bias=bias, softcap=softcap, mesh=mesh):
@@ -97,6 +104,8 @@ def obstacle(
     mesh: Mesh | None,
 ) -> str | None:
     """Why a path cannot express the call, in words that follow its name; None if it can."""
+    if name == "one_query":
+        return why_not_one_query(q, k, bias, softcap)
     (_, T, _, H), S = q.shape, k.shape[1]
     if name in ("cudnn", "splash") and bias is not None:
         return "takes no bias on the scores (ALiBi, T5)"
@@ -212,12 +221,14 @@ def splash(
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": attention,
     "cpu": kept,
+    "one_query": one_query,
     "blockwise": blockwise,
     "cudnn": cudnn,
     "splash": splash,
 }
 LOCAL = (
     "cpu",
+    "one_query",
     "blockwise",
     "splash",
 )  # run on each device's own rows and heads; XLA divides the others itself

@@ -21,7 +21,7 @@ import jax
 CHUNKS = 8
 """Chunks per thread: a thread that the machine slows leaves the rest of its share to others."""
 SMALLEST = 32
-"""Outputs of a chunk at least, so that small products are not split at all."""
+"""Columns of a chunk at least, so that small products are not split at all."""
 _engines = []
 """What owns the compiled code, which XLA may call as long as the process lives."""
 
@@ -51,11 +51,12 @@ def flags_in(cpuinfo: str) -> frozenset[str]:
     )
 
 
-def register(name: str, chunk: str) -> str:
+def register(name: str, chunk: str, axis: int = 1, smallest: int = SMALLEST) -> str:
     """Compiles a function and makes it a target of `jax.ffi.ffi_call` on CPU, under the name that is returned.
 
-    The function has one result [rows, M]. chunk: LLVM IR of `@chunk(ptr %frame, i64 %begin, i64 %end)`, which
-    writes columns begin to end of it; `@data` and `@dim` read the frame. Several threads call it at once.
+    chunk: LLVM IR of `@chunk(ptr %frame, i64 %begin, i64 %end)`, which writes what lies at begin to end of an axis of
+    its first result; `@data` and `@dim` read the frame. Several threads call it at once. smallest: what one is given
+    of that axis at the least.
     """
     import llvmlite.binding as llvm
 
@@ -66,7 +67,11 @@ def register(name: str, chunk: str) -> str:
     )
     threads = len(os.sched_getaffinity(0))
     shared = Template(_SHARED).substitute(
-        helpers=threads - 1, parts=CHUNKS * threads, round=CHUNKS * threads - 1, smallest=SMALLEST
+        helpers=threads - 1,
+        parts=CHUNKS * threads,
+        round=CHUNKS * threads - 1,
+        smallest=smallest,
+        axis=axis,
     )
     module = llvm.parse_assembly(shared + chunk)
     module.verify()
@@ -106,9 +111,10 @@ define internal void @put(ptr %p, i64 %i, i64 %value) alwaysinline {
 
 ; XLA_FFI_CallFrame: 1 extension, 2 api, 3 context, 9 arguments, 14 results. XLA_FFI_Buffer: 3 data, 5 dims.
 define internal ptr @buffer(ptr %frame, i64 %i) alwaysinline {
-  %result = icmp slt i64 %i, 0        ; argument i from 0; -1 is the result
+  %result = icmp slt i64 %i, 0        ; argument i from 0; -1 is the first result, -2 the second
   %at = select i1 %result, i64 14, i64 9
-  %index = select i1 %result, i64 0, i64 %i
+  %number = xor i64 %i, -1
+  %index = select i1 %result, i64 %number, i64 %i
   %list = call ptr @pointer(ptr %frame, i64 %at)
   %buffer = call ptr @pointer(ptr %list, i64 %index)
   ret ptr %buffer
@@ -138,7 +144,7 @@ take:
   br i1 %some, label %do, label %leave
 do:
   %frame = call ptr @pointer(ptr %job, i64 5)
-  %M = call i64 @dim(ptr %frame, i64 -1, i64 1)
+  %M = call i64 @dim(ptr %frame, i64 -1, i64 $axis)
   %begin = mul i64 %i, %size
   %until = add i64 %begin, %size
   %end = call i64 @llvm.umin.i64(i64 %until, i64 %M)
@@ -170,7 +176,7 @@ answer:                               ; XLA asks which version this was written 
   call void @put(ptr %metadata, i64 3, i64 12884901888)
   ret ptr null
 run:
-  %M = call i64 @dim(ptr %frame, i64 -1, i64 1)
+  %M = call i64 @dim(ptr %frame, i64 -1, i64 $axis)
   %above = add i64 %M, $round
   %share = udiv i64 %above, $parts
   %size = call i64 @llvm.umax.i64(i64 %share, i64 $smallest)

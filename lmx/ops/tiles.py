@@ -12,71 +12,15 @@ code - 8, 8 sum(x) of each group.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lmx.ops.llvm import Lines, everywhere, numbers, pointers, shuffle, whole
 
 STEP = 32
 """Columns of the matrix that a unit takes at the least: K is a multiple of it."""
 BLOCK = 8
 """Rows of the matrix that stay in the nearest cache while all rows of x pass."""
-
-
-@dataclass
-class Lines:
-    """The lines of an LLVM function. Values get their names as they come; variables lie on the stack until LLVM finds
-    registers for them."""
-
-    entry: list[str] = field(default_factory=list)
-    body: list[str] = field(default_factory=list)
-    names: Iterator[int] = field(default_factory=lambda: iter(range(10**9)))
-
-    def __call__(self, instruction: str) -> str:
-        """The value of one instruction."""
-        name = f"%v{next(self.names)}"
-        self.body.append(f"  {name} = {instruction}")
-        return name
-
-    def do(self, instruction: str) -> None:
-        self.body.append(f"  {instruction}")
-
-    def at(self, kind: str, pointer: str, *terms: str) -> str:
-        """pointer + the sum of terms, counted in numbers of that kind."""
-        for term in terms:
-            pointer = self(f"getelementptr {kind}, ptr {pointer}, i64 {term}")
-        return pointer
-
-    def read(self, kind: str, pointer: str, *terms: str) -> str:
-        """A vector from where it need not be aligned; its numbers are counted in `terms`."""
-        return self(f"load {kind}, ptr {self.at(kind.split()[-1].strip('>'), pointer, *terms)}, align 1")
-
-    def variable(self, kind: str, value: str) -> str:
-        name = f"%at{next(self.names)}"
-        self.entry.append(f"  {name} = alloca {kind}, align 64")
-        self.put(kind, value, name)
-        return name
-
-    def get(self, kind: str, at: str) -> str:
-        return self(f"load {kind}, ptr {at}")
-
-    def put(self, kind: str, value: str, at: str) -> None:
-        self.do(f"store {kind} {value}, ptr {at}")
-
-    @contextlib.contextmanager
-    def loop(self, begin: str, end: str, step: int) -> Iterator[str]:
-        """for i in range(begin, end, step)"""
-        n = next(self.names)
-        at = self.variable("i64", begin)
-        self.body += [f"  br label %test{n}", f"test{n}:"]
-        i = self.get("i64", at)
-        self.do(f"br i1 {self(f'icmp slt i64 {i}, {end}')}, label %do{n}, label %done{n}")
-        self.body.append(f"do{n}:")
-        yield i
-        self.put("i64", self(f"add i64 {i}, {step}"), at)
-        self.body += [f"  br label %test{n}", f"done{n}:"]
-
-    def __str__(self) -> str:
-        return "\n".join((*self.entry, *self.body))
 
 
 @dataclass(frozen=True)
@@ -114,7 +58,7 @@ declare <16 x i16> @llvm.x86.avx2.pmadd.ub.sw(<32 x i8>, <32 x i8>)
         for pair in zip(codes, x):
             two = ", ".join(f"<32 x i8> {each}" for each in pair)
             short = f(f"add <16 x i16> {short}, {f(f'call <16 x i16> @llvm.x86.avx2.pmadd.ub.sw({two})')}")
-        return f(f"add <8 x i32> {sums}, {self._pairs(f, short, _numbers('i16', [1] * 16))}")
+        return f(f"add <8 x i32> {sums}, {self._pairs(f, short, numbers('i16', [1] * 16))}")
 
     def _pairs(self, f: Lines, a: str, b: str) -> str:
         return f(f"call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> {a}, <16 x i16> {b})")
@@ -130,7 +74,7 @@ declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i
 """
 
     def matrix(self, f: Lines, at: str, n: int) -> list[str]:
-        return [f(f"xor <64 x i8> {_bytes(f, at, n, 64)}, {_numbers('i8', [-128] * 64)}")]
+        return [f(f"xor <64 x i8> {_bytes(f, at, n, 64)}, {numbers('i8', [-128] * 64)}")]
 
     def inputs(self, f: Lines, at: str, n: int) -> list[str]:
         return [_bytes(f, at, n, 64)]
@@ -143,7 +87,7 @@ declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i
         return sums
 
     def beyond(self, f: Lines, sums: str, x: list[str]) -> str:
-        return self.product(f, sums, [_numbers("i8", [-128] * 64)] * len(x), x)
+        return self.product(f, sums, [numbers("i8", [-128] * 64)] * len(x), x)
 
     group = product
 
@@ -156,8 +100,8 @@ def int8_chunk(unit: Unit) -> str:
     sums_kind = f"<{unit.lanes} x i32>"
 
     def tile(f: Lines, r: str, o: str, rows: int, columns: int) -> list[str]:
-        x = _pointers(f, unit.kind, "%x", r, rows, "%K")
-        w = _pointers(f, "i8", "%w", o, columns, "%K")
+        x = pointers(f, unit.kind, "%x", r, rows, "%K")
+        w = pointers(f, "i8", "%w", o, columns, "%K")
         sums = [[f.variable(sums_kind, "zeroinitializer") for _ in w] for _ in x]
         more = [f.variable(sums_kind, "zeroinitializer") for _ in x]
 
@@ -169,13 +113,13 @@ def int8_chunk(unit: Unit) -> str:
                 for each, at in zip(of_w, row):
                     f.put(sums_kind, unit.product(f, f.get(sums_kind, at), each, of_x), at)
 
-        whole = f(f"and i64 %K, {-unit.step}")
-        with f.loop("0", whole, unit.step) as k:
+        of_units = whole(f, "%K", unit.step)
+        with f.loop("0", of_units, unit.step) as k:
             if rows == 1:
                 _ask_for(f, w, k)
             add(k, unit.step)
         if unit.step > STEP:
-            with f.loop(whole, "%K", STEP) as k:
+            with f.loop(of_units, "%K", STEP) as k:
                 add(k, STEP)
         return [
             f(f"sub {sums_kind} {f.get(sums_kind, at)}, {f.get(sums_kind, beyond)}")
@@ -194,9 +138,9 @@ def int4_chunk(unit: Unit, group_size: int) -> str:
 
     def tile(f: Lines, r: str, o: str, rows: int, columns: int) -> list[str]:
         groups = f(f"udiv i64 %K, {group_size}")
-        x = _pointers(f, "i8", "%x", r, rows, "%K")
-        codes = _pointers(f, "i8", "%codes", o, columns, f("udiv i64 %K, 2"))
-        scale = _pointers(f, "float", "%scale", o, columns, groups)
+        x = pointers(f, "i8", "%x", r, rows, "%K")
+        codes = pointers(f, "i8", "%codes", o, columns, f("udiv i64 %K, 2"))
+        scale = pointers(f, "float", "%scale", o, columns, groups)
         y = [[f.variable(kind, "zeroinitializer") for _ in codes] for _ in x]
         with f.loop("0", groups, 1) as g:
             k = f(f"mul i64 {g}, {group_size}")
@@ -206,12 +150,10 @@ def int4_chunk(unit: Unit, group_size: int) -> str:
             of_codes = [
                 [_codes(f, f.at("i8", at, half, str(i // 2)), n, unit.step) for i in parts] for at in codes
             ]
-            scales = [_everywhere(f, "float", f.read("float", at, g), unit.lanes) for at in scale]
+            scales = [everywhere(f, "float", f.read("float", at, g), unit.lanes) for at in scale]
             for x_row, row in zip(x, y):
                 of_x = [_bytes(f, f.at("i8", x_row, k, str(i)), n, unit.step) for i in parts]
-                beyond = unit.group(
-                    f, "zeroinitializer", [_numbers("i8", [8] * unit.step)] * len(parts), of_x
-                )
+                beyond = unit.group(f, "zeroinitializer", [numbers("i8", [8] * unit.step)] * len(parts), of_x)
                 begin = f(f"sub {sums_kind} zeroinitializer, {beyond}")
                 for each, scaled, at in zip(of_codes, scales, row):
                     sums = f(f"sitofp {sums_kind} {unit.group(f, begin, each, of_x)} to {kind}")
@@ -236,9 +178,9 @@ def _chunk(unit: Unit, names: tuple[str, ...], kind: str, tile: Callable[..., li
 
     def across(begin: str, end: str, rows: int, r: str) -> None:
         for columns in (unit.columns, 1):
-            last = f(f"add i64 {begin}, {_whole(f, f(f'sub i64 {end}, {begin}'), columns)}")
+            last = f(f"add i64 {begin}, {whole(f, f(f'sub i64 {end}, {begin}'), columns)}")
             with f.loop(begin, last, columns) as o:
-                to = [f.at(kind, at, o) for at in _pointers(f, kind, "%y", r, rows, "%M")]
+                to = [f.at(kind, at, o) for at in pointers(f, kind, "%y", r, rows, "%M")]
                 _store(f, kind, unit.lanes, tile(f, r, o, rows, columns), to)
             begin = last
 
@@ -246,7 +188,7 @@ def _chunk(unit: Unit, names: tuple[str, ...], kind: str, tile: Callable[..., li
         until = f(f"call i64 @llvm.umin.i64(i64 {f(f'add i64 {block}, {BLOCK}')}, i64 %last)")
         first = "0"
         for rows in (unit.rows, 2, 1):
-            last = f(f"add i64 {first}, {_whole(f, f(f'sub i64 %N, {first}'), rows)}")
+            last = f(f"add i64 {first}, {whole(f, f(f'sub i64 %N, {first}'), rows)}")
             with f.loop(first, last, rows) as r:
                 across(block, until, rows, r)
             first = last
@@ -254,19 +196,6 @@ def _chunk(unit: Unit, names: tuple[str, ...], kind: str, tile: Callable[..., li
         "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)\n"
         f"define internal void @chunk(ptr %frame, i64 %first, i64 %last) {{\n{f}\n  ret void\n}}\n"
     )
-
-
-def _whole(f: Lines, n: str, step: int) -> str:
-    return f(f"and i64 {n}, {-step}")
-
-
-def _pointers(f: Lines, kind: str, base: str, index: str, n: int, length: str) -> list[str]:
-    """To rows index, index + 1, ... of a matrix of rows of `length` numbers."""
-    first = f.at(kind, base, f(f"mul i64 {index}, {length}"))
-    found = [first]
-    for _ in range(n - 1):
-        found.append(f.at(kind, found[-1], length))
-    return found
 
 
 def _ask_for(f: Lines, rows: list[str], k: str) -> None:
@@ -284,15 +213,15 @@ def _codes(f: Lines, at: str, n: int, step: int) -> str:
     half = n // 2
     kind = f"<{half} x i16>"
     pairs = f(f"zext <{half} x i8> {f.read(f'<{half} x i8>', at)} to {kind}")
-    moved = f(f"shl {kind} {pairs}, {_numbers('i16', [4] * half)}")
+    moved = f(f"shl {kind} {pairs}, {numbers('i16', [4] * half)}")
     both = f(f"or {kind} {pairs}, {moved}")
-    codes = f(f"and {kind} {both}, {_numbers('i16', [0x0F0F] * half)}")
+    codes = f(f"and {kind} {both}, {numbers('i16', [0x0F0F] * half)}")
     return _longer(f, f(f"bitcast {kind} {codes} to <{n} x i8>"), n, step)
 
 
 def _longer(f: Lines, vector: str, n: int, step: int) -> str:
     """With zeros up to `step`."""
-    return vector if n == step else _shuffle(f, "i8", n, vector, "zeroinitializer", range(step))
+    return vector if n == step else shuffle(f, "i8", n, vector, "zeroinitializer", range(step))
 
 
 def _store(f: Lines, kind: str, lanes: int, sums: list[str], at: list[str]) -> None:
@@ -306,29 +235,15 @@ def _store(f: Lines, kind: str, lanes: int, sums: list[str], at: list[str]) -> N
         taken = min(2, len(sums))
         low = [i for i in range(taken * lanes) if i % of_each < of_each // 2]
         high = [i + of_each // 2 for i in low]
-        halves = [[_shuffle(f, kind, lanes, *pair, of) for of in (low, high)] for pair in _pairs(sums)]
+        halves = [[shuffle(f, kind, lanes, *pair, of) for of in (low, high)] for pair in _pairs(sums)]
         lanes = len(low)
         sums = [f(f"{add} <{lanes} x {kind}> {a}, {b}") for a, b in halves]
         of_each //= 2
     each = in_all // len(at)
     for i, to in enumerate(at):
-        part = _shuffle(f, kind, lanes, sums[0], "poison", range(i * each, i * each + each))
+        part = shuffle(f, kind, lanes, sums[0], "poison", range(i * each, i * each + each))
         f.do(f"store <{each} x {kind}> {part}, ptr {to}, align 4")
 
 
 def _pairs(sums: list[str]) -> list[tuple[str, str]]:
     return list(zip(sums[::2], sums[1::2])) or [(sums[0], "poison")]
-
-
-def _shuffle(f: Lines, kind: str, length: int, a: str, b: str, which: Sequence[int]) -> str:
-    vector = f"<{length} x {kind}>"
-    return f(f"shufflevector {vector} {a}, {vector} {b}, <{len(which)} x i32> {_numbers('i32', which)}")
-
-
-def _everywhere(f: Lines, kind: str, one: str, lanes: int) -> str:
-    first = f(f"insertelement <{lanes} x {kind}> poison, {kind} {one}, i32 0")
-    return _shuffle(f, kind, lanes, first, "poison", [0] * lanes)
-
-
-def _numbers(kind: str, numbers: Sequence[int]) -> str:
-    return "<" + ", ".join(f"{kind} {n}" for n in numbers) + ">"

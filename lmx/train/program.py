@@ -94,6 +94,7 @@ def program(run: Any, mesh: Mesh) -> Program:
     )
 
     def step(state, batch, **more):
+        batch = run.enrich.before(model, state, batch, more.get("salt", 0))
         return one_step(state, hide(batch), **more)
 
     fresh_state = jax.jit(init, out_shardings=first, donate_argnums=0)

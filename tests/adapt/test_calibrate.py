@@ -27,6 +27,7 @@ from lmx.adapt import (
     Rotate,
     Rounded,
     Smooth,
+    Unstack,
     calibrate,
     importance,
 )
@@ -343,6 +344,17 @@ def unstacked_plain(params):
     return {**params, "blocks": tuple(unstacked_layers(params))}
 
 
+def test_a_pattern_chooses_among_layers_that_stand_one_by_one():
+    params = Unstack()(moved(), KEY)
+    made, shares = calibrate(LAYERS, params, MANY, Gptq(4, 16), where="blocks/1/*mlp/*")
+    kinds = {path for path, w in found(made).items() if isinstance(w, Quantized)}
+    assert kinds == set(shares) == {path for path in found(params) if path.startswith("blocks/1/mlp/")}
+    first = calibrate(LAYERS, params, MANY, Gptq(4, 16), where="blocks/0/*mlp/*")
+    assert all(path.startswith("blocks/0/mlp/") for path in first.lost) and len(first.lost) == len(shares)
+    with pytest.raises(ValueError, match="fits no matrix; there are blocks/0/attn/k/w"):
+        calibrate(LAYERS, params, MANY, Gptq(4, 16), where="blocks/9/*")
+
+
 def test_what_is_not_finite_stops_it_with_the_matrix_name():
     broken = fresh()
     broken["blocks"]["mlp"]["up"]["w"] = broken["blocks"]["mlp"]["up"]["w"].at[1, 3, 5].set(jnp.nan)
@@ -351,7 +363,7 @@ def test_what_is_not_finite_stops_it_with_the_matrix_name():
     broken["blocks"]["attn"]["v"]["w"] = broken["blocks"]["attn"]["v"]["w"].at[0].set(jnp.inf)
     with pytest.raises(ValueError, match="blocks/0/attn/"):
         calibrate(LAYERS, broken, MANY, Gptq(4, 16))
-    with pytest.raises(ValueError, match="fits no matrix; a layer has attn/k/w"):
+    with pytest.raises(ValueError, match="fits no matrix; there are blocks/attn/k/w"):
         calibrate(LAYERS, fresh(), MANY, Gptq(4, 16), where="*/query/w")
     with pytest.raises(ValueError, match="quantized already, to 8 bits"):
         calibrate(LAYERS, Int8()(fresh(), KEY), MANY, Gptq(4, 16))

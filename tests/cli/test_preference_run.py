@@ -108,15 +108,16 @@ def test_the_margin_grows_and_a_resumed_run_is_the_same(trained, lmx):
         ]
         assert gains[0] > gains[1] + 3, gains
 
-    shutil.copytree(folder / "preferring", folder / "cut")
-    for step in steps(folder / "cut" / "checkpoints"):
-        saved = stored.about(folder / "cut" / "checkpoints" / str(step))["tree"]
+    shutil.copytree(folder / "preferring", folder / "preferring-cut")
+    checkpoints = folder / "preferring-cut" / "checkpoints"
+    for step in steps(checkpoints):
+        saved = stored.about(checkpoints / str(step))["tree"]
         assert not any(path.startswith(("constants", "frozen")) for path in saved)
         if step > 12:
-            shutil.rmtree(folder / "cut" / "checkpoints" / str(step))
+            shutil.rmtree(checkpoints / str(step))
     with pytest.warns(UserWarning, match="equal replies"):
-        assert "cut: 24 steps" in lmx("train", "prefer.py", "--out", "cut")
-    jax.tree.map(np.testing.assert_array_equal, after.params, runs.trained(folder / "cut").params)
+        assert "preferring-cut: 24 steps" in lmx("train", "prefer.py", "--out", "preferring-cut")
+    jax.tree.map(np.testing.assert_array_equal, after.params, runs.trained(checkpoints.parent).params)
     with pytest.raises(ValueError, match="held out answers, and eval judges texts"):
         eval.main(["preferring"])
 

@@ -119,7 +119,24 @@ def test_the_frontier_goes_on_where_it_was(run, lmx, refused, tmp_path, monkeypa
     assert rows["float32"]["bits"] == 32 and rows["int8"]["speed"] > 0
     monkeypatch.setattr(frontier, "FRONTIER", some | {"nf4": every["nf4"]})
     assert lmx(*words).count("perplexity") == 1
-    assert "other settings" in refused(*words, "--embed")
+    assert "other settings" in refused(*words, "--affine")
+    model = tmp_path / "model"
+    shutil.copytree(run[0], model)
+    words = ("quantize", model, tmp_path / "g", *words[3:])
+    monkeypatch.setattr(frontier, "FRONTIER", {"bf16": every["bf16"]})
+    assert lmx(*words).count("perplexity") == 1
+    shutil.rmtree(model / "checkpoints" / "10")  # its latest is another one now
+    assert "other settings or texts" in refused(*words)
+
+
+def test_a_method_that_failed_is_tried_again(run, lmx, tmp_path, monkeypatch):
+    from lmx.cli import frontier
+
+    monkeypatch.setattr(frontier, "FRONTIER", {"w4a8": frontier.FRONTIER["w4a8"]})
+    words = ("quantize", run[0], tmp_path / "f", "--frontier", "--calibration", "english.txt", *SMALL)
+    assert "left out: W4A8: group_size=24" in lmx(*words, "--group-size", "24")
+    assert "left out" in lmx(*words, "--group-size", "24")
+    assert "Left out" in (tmp_path / "f" / "report.html").read_text("utf-8")
 
 
 def test_the_frontier_of_a_text_that_has_changed_is_refused(run, lmx, refused, tmp_path, monkeypatch):
@@ -263,6 +280,10 @@ def base():
         ),
         (("--where", "layers/*"), "fits no matrix"),
         (("--method", "w4a8", "--group-size", "20"), "does not divide 32 inputs"),
+        (("--text", "hindi.txt"), "--text says how to judge, which --report or --frontier asks for"),
+        (("--report", "--text", "none.txt"), "none.txt"),
+        (("--frontier", "--calibration", "hindi.txt", "--embed"), "--embed says nothing to --frontier"),
+        (("--frontier", "--calibration", "hindi.txt", "--no-act-order"), "--no-act-order says nothing to"),
         (("--bits", "3"), "--bits says nothing to --method int8; it is for int4, gptq"),
         (("--method", "w4a8", "--affine"), "--affine says nothing to --method w4a8"),
         (("--method", "nf4", "--group-size", "0"), "use 2 or more"),
@@ -281,6 +302,7 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(run, refused, tmp_path,
 def test_a_quantized_model_is_not_quantized_again(four, refused, tmp_path):
     said = refused("quantize", four, tmp_path / "out")
     assert "blocks/attn/k/w is quantized already; give the model it was made from" in said
+    assert f"`lmx convert {four} OUT --layout dense`" in said
 
 
 def test_a_folder_that_is_there_is_kept(run, refused, tmp_path):

@@ -425,8 +425,8 @@ def test_a_process_that_is_killed_leaves_a_cache_that_works(tmp_path):
         from lmx.data import Data, Text, prepare
         from lmx.data.store import Writer
         add = Writer.add
-        def dying(self, ids, more=False, mask=None):
-            add(self, ids, more)
+        def dying(self, ids, *more):
+            add(self, ids, *more)
             if self._n_documents == 500:
                 os.kill(os.getpid(), signal.SIGKILL)
         Writer.add = dying

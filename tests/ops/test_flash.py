@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmx.ops import native
 from lmx.ops.attention import attention
 from lmx.ops.blockwise import blockwise
 from lmx.ops.flash import IMPLEMENTATIONS, choose, cudnn, obstacle, pick, splash
 from lmx.ops.kept import kept
 from lmx.ops.mask import Causal, Full, PrefixLM, SameSegment, SlidingWindow, Where
+from lmx.ops.one_query import one_query
 from lmx.ops.position import T5, ALiBi
 
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
@@ -111,6 +113,52 @@ def test_queries_over_a_longer_cache(path):
     q_where = Where(jnp.tile(jnp.arange(15, 20, dtype=jnp.int32)[None], (2, 1)), jnp.ones((2, 5), jnp.int32))
     rule = {"q_where": q_where, "k_where": k_where, "mask": CAUSAL}
     assert_equal_to_reference(path, qkv(2, 5, 4, 2, 8, S=33), **rule)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs AVX2 and llvmlite")
+@pytest.mark.parametrize("mask", [CAUSAL, WINDOW, Full()])
+@pytest.mark.parametrize(
+    "B, S, N, K, H",
+    [(3, 8, 1, 1, 8), (2, 40, 4, 2, 24), (4, 48, 10, 2, 16), (3, 112, 9, 3, 64), (2, 32, 8, 8, 128)],
+)
+def test_one_query_a_row_over_a_cache(B, S, N, K, H, mask, monkeypatch):
+    """Tokens stand in shuffled slots, in each row another number of them, in the last none; by both lengths of
+    vectors."""
+    rng = np.random.default_rng(S)
+    n = np.array([S, *rng.integers(1, S, B - 2), 0])
+    places = np.stack([rng.permutation(S) for _ in range(B)]).astype(np.int32)
+    k_where = Where(jnp.asarray(places), jnp.asarray(places < n[:, None], jnp.int32))
+    q_where = Where(jnp.asarray(n[:, None] - 1, jnp.int32), jnp.ones((B, 1), jnp.int32))
+    args = qkv(B, 1, N, K, H, S=S)
+    rule = {"q_where": q_where, "k_where": k_where, "mask": mask & SameSegment(), "scale": 0.7}
+    for flags in ({"avx512f"} & native.cpu_flags(), set()):
+        monkeypatch.setattr(native, "cpu_flags", lambda flags=flags: {"avx2", "fma"} | flags)
+        assert_equal_to_reference(one_query, args, **rule)
+        out = jax.jit(partial(one_query, **rule))(*args)
+        assert not out[-1].any()
+        rows = jax.tree.map(lambda x: x[:, None], (*args, q_where, k_where))
+        mapped = jax.vmap(lambda q, k, v, q_where, k_where: one_query(
+            q, k, v, q_where=q_where, k_where=k_where, mask=rule["mask"], scale=0.7
+        ))(*rows)  # fmt: skip
+        np.testing.assert_array_equal(mapped[:, 0], out)
+    assert choose("cpu", *args[:2], **PLAIN) == "one_query"
+    assert choose("cpu", *args[:2], **PLAIN | {"softcap": 2.0}) == "reference"
+    assert choose("gpu", *args[:2], **PLAIN) == "reference"
+
+
+@pytest.mark.skipif(not native.available(), reason="needs AVX2 and llvmlite")
+def test_one_query_weighs_what_is_far_apart_and_equal_alike():
+    """Scores of 0, -80, -200 and -1e4 beside each other, and none but equal ones."""
+    k = jnp.zeros((1, 8, 1, 8)).at[0, :, 0, 0].set(jnp.array([0, -80, -200, -1e4, 0, 0, 0, 0]))
+    v = jnp.eye(8)[None, :, None]
+    where = Where(jnp.arange(8, dtype=jnp.int32)[None], jnp.ones((1, 8), jnp.int32))
+    for q in (1.0, 0.0):
+        q_where = Where(jnp.full((1, 1), 7, jnp.int32), jnp.ones((1, 1), jnp.int32))
+        rule = {"q_where": q_where, "k_where": where, "mask": CAUSAL, "scale": 1.0}
+        q = jnp.full((1, 1, 1, 8), q)
+        np.testing.assert_allclose(
+            one_query(q, k, v, **rule), attention(q, k, v, **rule), rtol=3e-7, atol=1e-37
+        )
 
 
 @pytest.mark.parametrize("path", [kept, partial(blockwise, block=16)], ids=["cpu", "blockwise"])
@@ -261,7 +309,9 @@ def test_splash_says_when_a_mesh_does_not_divide():
 
 
 def test_unknown_names_are_listed():
-    with pytest.raises(ValueError, match="'flash' is none of auto, reference, cpu, blockwise, cudnn, splash"):
+    with pytest.raises(
+        ValueError, match="'flash' is none of auto, reference, cpu, one_query, blockwise, cudnn, splash"
+    ):
         pick("flash", platform="cpu")
 
 
