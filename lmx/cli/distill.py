@@ -5,21 +5,25 @@
   lmx distill label TEACHER experiment.py --out labels          the text of a run, tokenized and cut as that has it
   lmx distill score TEACHER new.csv --out scored.jsonl          a number in [0, 1] for each row, by its head of classes
   lmx distill score TEACHER new.jsonl --template "{title}: {body}" --out scored.jsonl
+  lmx distill write TEACHER questions.jsonl --out written.jsonl    a reply to each row's text
+  lmx distill write TEACHER new.csv --template "Translate into Hindi: {text}" --samples 4 --choose likeliest
 
-TEACHER is a run's folder, quantized or not; of labels also a Hugging Face folder or a .gguf file. Train on labels with
-data.teacher=TeacherTopK("labels") and a divergence such as ForwardKL() in the objective, on scores with SoftLabels().
-Repeat the command to go on where it stopped. Several processes may label the same text together; each takes shards.
+TEACHER is a run's folder, quantized or not; but for scores also a Hugging Face folder or a .gguf file. Train on labels
+with data.teacher=TeacherTopK("labels") and a divergence such as ForwardKL() in the objective, on scores with
+SoftLabels(), on replies as on any conversations: data.train=(Chat("written.jsonl"),). Repeat the command to go on where
+it stopped. Several processes may label the same text together; each takes shards.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from lmx import cli
+from lmx.generate import Sampling
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,42 @@ class Score:
     """Of the run's checkpoint: latest, best or a number."""
 
 
-Options = Annotated[Label, tyro.conf.subcommand("label")] | Annotated[Score, tyro.conf.subcommand("score")]
+@dataclass(frozen=True)
+class Write:
+    """Writes the teacher's replies to rows of a file."""
+
+    teacher: tyro.conf.Positional[Path]
+    """A run's folder, a Hugging Face folder or a .gguf file."""
+    records: tyro.conf.Positional[str]
+    """Rows: a file, a pattern or tfds:name."""
+    out: Path = Path("written.jsonl")
+    """The file to make."""
+    template: str = "{text}"
+    """What the teacher is asked of a row; fields as {name}, \\n is a new line."""
+    keep: tuple[str, ...] = ()
+    """Fields that are written besides those of the template."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(temperature=0.8)
+    samples: int = 1
+    """Replies to each row."""
+    choose: Literal["all", "likeliest", "vote"] = "all"
+    """Of several: all that differ, the one of most probability per token, or the one that was written most often."""
+    cut: bool = False
+    """Keeps replies that --max-tokens cut, too."""
+    loops: float = 0.5
+    """Leaves out a reply of which more than this share repeats itself."""
+    plain: bool = False
+    """The teacher goes on from the text, instead of answering it in its chat format."""
+    batch_size: int = 16
+    """Replies that are computed at once."""
+    step: str = "latest"
+    """Of a run's checkpoint: latest, best or a number."""
+
+
+Options = (
+    Annotated[Label, tyro.conf.subcommand("label")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Write, tyro.conf.subcommand("write")]
+)
 
 
 def main(argv: list[str]) -> None:
@@ -79,7 +118,7 @@ def main(argv: list[str]) -> None:
     from lmx.train.loop import keep_compiled
 
     keep_compiled()
-    {Label: label, Score: score}[type(asked)](asked)
+    {Label: label, Score: score, Write: write}[type(asked)](asked)
 
 
 def label(asked: Label) -> None:
@@ -139,6 +178,52 @@ def score(asked: Score) -> None:
         )
     report.warn(asked.records)
     print(f"wrote {asked.out}")
+
+
+def write(asked: Write) -> None:
+    from lmx import distill
+    from lmx.cli.chat import messages_to_ids
+    from lmx.cli.progress import Steps
+    from lmx.cli.task import escaped
+    from lmx.generate import completions
+    from lmx.generate.decode import prompt_ids
+    from lmx.tasks import Records, Template
+
+    if asked.samples < 1 or asked.batch_size < 1:
+        raise ValueError(f"--samples {asked.samples} --batch-size {asked.batch_size}: give at least 1")
+    template = Template(escaped(asked.template), "{completion}")
+    teacher, origin = _teacher(asked)
+    if not asked.plain:
+        ids = messages_to_ids(teacher, asked.teacher, None)
+    teacher = teacher.for_decoding()
+    parts = teacher.model, teacher.params, teacher.tokenizer
+
+    def read(text: str):
+        shown = text if asked.plain else ids([{"role": "user", "content": text}])
+        (found,) = prompt_ids(teacher.model, teacher.tokenizer, [shown], asked.sampling.max_tokens)
+        if len(found) + asked.sampling.max_tokens > teacher.context:
+            raise ValueError(f"{len(found)} tokens leave no room for a reply in {teacher.context}")
+        return found
+
+    def reply(prompts, streams):
+        return completions(*parts, prompts, asked.sampling, rows=streams, batch_size=asked.batch_size)
+
+    with Steps("rows") as seen:
+        report = distill.write(
+            Records(asked.records),
+            tuple(dict.fromkeys((*template.fields, *asked.keep))),
+            template.question_of,
+            read,
+            reply,
+            asked.out,
+            how=f"{'text' if asked.plain else 'chat'}: {template.question}; {asked.sampling}",
+            origin=origin,
+            samples=asked.samples,
+            keep=distill.Keep(asked.choose, not asked.cut, asked.loops),
+            seen=seen,
+        )
+    report.warn(asked.records)
+    print(f"wrote {asked.out}; data.train=(Chat({str(asked.out)!r}),)")
 
 
 def _teacher(asked):

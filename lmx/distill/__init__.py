@@ -2,5 +2,6 @@
 
 from .label import label
 from .score import score_records, scores
+from .write import Keep, write
 
-__all__ = ["label", "score_records", "scores"]
+__all__ = ["Keep", "label", "score_records", "scores", "write"]

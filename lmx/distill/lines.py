@@ -36,6 +36,18 @@ class Lines:
             os.fsync(self._file.fileno())
         self.n += len(lines)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """What the lines hold."""
+        with open(self._file.name, "rb") as file:
+            return [json.loads(line) for line in file]
+
+    def cut(self, n: int) -> None:
+        """Keeps the first n lines alone."""
+        with open(self._file.name, "rb") as file:
+            whole = sum(len(next(file)) for _ in range(n))
+        self._file.truncate(whole)
+        self.n = n
+
     def close(self) -> None:
         self._file.close()
 
