@@ -16,14 +16,12 @@ steps, which must agree.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+import turns
 
 CONTENDERS = ("lmx", "lmx, every logit", "trl", "trl, heap")
 KEEPS = {"MMAP_MAX_": 0, "TRIM_THRESHOLD_": 2**31 - 1, "TOP_PAD_": 2**28, "ARENA_MAX": 1}
@@ -55,15 +53,15 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         draw(asked, Path(folder))
-        workers = {name: _start(name, asked, folder) for name in asked.contenders}
-        times: dict[str, list[float]] = {name: [] for name in workers}
-        for _ in range(asked.rounds):
-            for name, worker in workers.items():
-                times[name] += _ask(worker, asked.steps)["seconds"]
-        told = {name: _ask(worker, 0) for name, worker in workers.items()}
-        for worker in workers.values():
-            worker.stdin.close()
-            worker.wait()
+        words = [__file__, "--folder", folder]
+        for name in ("words", "batch_size", "length", "threads"):
+            words += [f"--{name.replace('_', '-')}", str(getattr(asked, name))]
+        workers = {}
+        for name in asked.contenders:
+            python = asked.peer if name.startswith("trl") else sys.executable
+            keeps = {f"MALLOC_{x}": str(n) for x, n in KEEPS.items()} if "heap" in name else {}
+            workers[name] = turns.started([*words, "--worker", name], python, asked.threads, keeps)
+        told = turns.in_turns(workers, asked.rounds, asked.steps)
     facts = {
         "pair": f"teacher {asked.teacher[0]} x {asked.teacher[1]}, student {asked.student[0]} x {asked.student[1]}",
         "rows": f"{asked.batch_size} x {asked.length}, {SHARE:.0%} counts, {asked.words} words",
@@ -71,15 +69,7 @@ def main() -> None:
     }
     for name, value in (describe_machine("jax") | facts).items():
         print(f"{name:12} {value}")
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    peers = [seconds for name, seconds in medians.items() if name.startswith("trl")]
-    print(f"\n{'contender':18} {'ms':>8} {'tokens/s':>9} {'ratio':>6} {'GiB':>6}  first losses")
-    for name, median in medians.items():
-        ratio = f"{min(peers) / median:6.2f}" if peers else ""
-        print(
-            f"{name:18} {1e3 * median:8.0f} {asked.batch_size * asked.length / median:9.0f} {ratio:>6} "
-            f"{told[name]['bytes'] / 2**30:6.2f}  {' '.join(f'{x:.6f}' for x in told[name]['first'])}"
-        )
+    turns.show(told, asked.batch_size * asked.length, "trl")
 
 
 def draw(asked, folder: Path) -> None:
@@ -208,51 +198,13 @@ def trl_step(asked):
 
 
 def serve(asked) -> None:
-    """A contender: reads numbers of steps from standard input, answers with the seconds of each."""
-    import importlib.metadata
+    """A contender."""
+    from importlib.metadata import version
 
-    step = lmx_step(asked) if asked.worker.startswith("lmx") else trl_step(asked)
-    first = [step(), step()]
-    names = () if asked.worker.startswith("lmx") else ("trl", "torch", "transformers")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    print("{}", flush=True)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            begin = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - begin)
-        told = {"seconds": seconds, "first": first, "bytes": _most_held(), "versions": versions}
-        print(json.dumps(told), flush=True)
-
-
-def _most_held() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _start(contender: str, asked, folder: str) -> subprocess.Popen:
-    options = ["--folder", folder, "--worker", contender]
-    for name in ("words", "batch_size", "length", "threads"):
-        options += [f"--{name.replace('_', '-')}", str(getattr(asked, name))]
-    keeps = {f"MALLOC_{name}": str(n) for name, n in KEEPS.items()} if "heap" in contender else {}
-    worker = subprocess.Popen(
-        [asked.peer if contender.startswith("trl") else sys.executable, __file__, *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(asked.threads)} | keeps,
-    )
-    if not worker.stdout.readline():
-        sys.exit(f"bench_distill: {contender} did not start")
-    return worker
-
-
-def _ask(worker: subprocess.Popen, steps: int) -> dict:
-    worker.stdin.write(f"{steps}\n")
-    worker.stdin.flush()
-    return json.loads(worker.stdout.readline())
+    ours = asked.worker.startswith("lmx")
+    step = lmx_step(asked) if ours else trl_step(asked)
+    names = () if ours else ("trl", "torch", "transformers")
+    turns.serve(step, versions=", ".join(f"{name} {version(name)}" for name in names))
 
 
 if __name__ == "__main__":

@@ -9,19 +9,17 @@ clipped AdamW, rows of tokens of which a share counts, as the answers to questio
 head on all tokens, as transformers does; "lmx" where the loss counts alone (`lmx.losses.Counted`). Each contender is a
 process of its own that waits while the others run; a round gives each of them some steps in turn. Prints the median
 milliseconds of a step, tokens per second, the ratio to the fastest peer, the most memory that the process held, and the
-losses of the first step, which must agree but for what LoRA draws at random.
+losses of the first two steps, which must agree but for what LoRA draws at random.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
+
+import turns
 
 CONTENDERS = ("lmx", "lmx, every logit", "peft", "peft, heap")
 RANK = 16
@@ -43,31 +41,22 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
-        return serve(asked)
+        return turns.serve(lmx_step(asked) if asked.worker.startswith("lmx") else peft_step(asked))
     from bench_train import describe_machine
 
-    workers = {name: _start(name, asked) for name in asked.contenders}
-    times: dict[str, list[float]] = {name: [] for name in workers}
-    for _ in range(asked.rounds):
-        for name, worker in workers.items():
-            times[name] += _ask(worker, asked.steps)["seconds"]
-    told = {name: _ask(worker, 0) for name, worker in workers.items()}
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+    settings = ("method", "batch_size", "length", "share", "threads")
+    words = [__file__, str(asked.model)]
+    words += [x for name in settings for x in (f"--{name.replace('_', '-')}", str(getattr(asked, name)))]
+    workers = {
+        name: turns.started([*words, "--worker", name], sys.executable, asked.threads)
+        for name in asked.contenders
+    }
+    told = turns.in_turns(workers, asked.rounds, asked.steps)
     packages = ("jax", "torch", "transformers", "peft")
     facts = {"method": asked.method, "rows": f"{asked.batch_size} x {asked.length}, {asked.share:.0%} counts"}
     for name, value in (describe_machine(*packages) | facts).items():
         print(f"{name:12} {value}")
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    peers = [seconds for name, seconds in medians.items() if name.startswith("peft")]
-    print(f"\n{'contender':18} {'ms':>8} {'tokens/s':>9} {'ratio':>6} {'GiB':>6} {'first loss':>11}")
-    for name, median in medians.items():
-        ratio = f"{min(peers) / median:6.2f}" if peers else ""
-        print(
-            f"{name:18} {1e3 * median:8.0f} {asked.batch_size * asked.length / median:9.0f} {ratio:>6} "
-            f"{told[name]['bytes'] / 2**30:6.2f} {told[name]['first']:11.5f}"
-        )
+    turns.show(told, asked.batch_size * asked.length, "peft")
 
 
 def rows(asked):
@@ -170,50 +159,6 @@ def peft_step(asked):
         return loss.item()
 
     return step
-
-
-def serve(asked) -> None:
-    """A contender: reads numbers of steps from standard input, answers with the seconds of each."""
-    step = lmx_step(asked) if asked.worker.startswith("lmx") else peft_step(asked)
-    first = step()
-    step()
-    print("{}", flush=True)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            begin = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - begin)
-        print(json.dumps({"seconds": seconds, "first": first, "bytes": _most_held()}), flush=True)
-
-
-def _most_held() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _start(contender: str, asked) -> subprocess.Popen:
-    settings = ("method", "batch_size", "length", "share", "threads")
-    options = [
-        word for name in settings for word in (f"--{name.replace('_', '-')}", str(getattr(asked, name)))
-    ]
-    worker = subprocess.Popen(
-        [sys.executable, __file__, str(asked.model), *options, "--worker", contender],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(asked.threads)},
-    )
-    if not worker.stdout.readline():
-        sys.exit(f"bench_finetune: {contender} did not start")
-    return worker
-
-
-def _ask(worker: subprocess.Popen, steps: int) -> dict:
-    worker.stdin.write(f"{steps}\n")
-    worker.stdin.flush()
-    return json.loads(worker.stdout.readline())
 
 
 if __name__ == "__main__":
