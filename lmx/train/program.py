@@ -134,11 +134,15 @@ def rest_of(start: tuple[Surgery, ...]) -> Callable:
 
 
 def judged(run: Any) -> dict[str, losses.Term]:
-    """What held-out data is judged by: its next tokens, whatever a run learns, so that runs compare; but a run that
-    learns from pairs by its own objective."""
+    """What held-out data is judged by: its next tokens or its scores, whatever a run learns, so that runs compare; but
+    a run that learns from pairs by its own objective."""
     if any(term.loss.of_pairs for term in run.objective.values()):
         return run.objective
-    return {"loss": losses.Term(_CrossEntropy())}
+    return {"loss": losses.Term(losses.SoftLabels() if _scored(run.data) else _CrossEntropy())}
+
+
+def _scored(data: Any) -> bool:
+    return any(getattr(one, "scored", False) for one in data.train)
 
 
 def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -146,7 +150,7 @@ def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (run.data.batch_size, run.data.seq_len)
     sharding = NamedSharding(mesh, meshes.BATCH)
     dtypes = BATCH_DTYPES | (PAIR_DTYPES if judged(run) is run.objective else {})
-    if any(getattr(one, "scored", False) for one in run.data.train):
+    if _scored(run.data):
         dtypes = dtypes | {"scores": np.float32}
     found = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     if run.data.teacher is not None:

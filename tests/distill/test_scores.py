@@ -25,6 +25,7 @@ from lmx.losses import SoftLabels, Term
 from lmx.models import build
 from lmx.models.presets import gpt2, llama
 from lmx.optim import AdamW
+from lmx.report.runs import read_metrics
 from lmx.run import Run, Trained
 from lmx.tasks import (
     Answers,
@@ -47,7 +48,11 @@ TASK = Task("राय", Records(ROWS), Template("{text}", "{share}"), Score(), 
 
 def data(task=TASK, **more):
     return Data(
-        (Answers(task, head=True),), valid_share=0.0, tokenizer=Bpe(270), seq_len=64, batch_size=4, **more
+        (Answers(task, head=True),),
+        tokenizer=Bpe(270),
+        seq_len=64,
+        batch_size=4,
+        **{"valid_share": 0.0} | more,
     )
 
 
@@ -111,7 +116,7 @@ def test_a_store_has_scores_for_all_or_none(tmp_path):
 def test_a_student_learns_scores_in_between_and_is_judged(tmp_path):
     run = Run(
         model=llama(32, 1, 2),
-        data=data(),
+        data=data(valid_share=0.2),
         start=(Classes(2),),
         objective={"bce": Term(SoftLabels())},
         optim=AdamW(lr=1e-2),
@@ -125,6 +130,9 @@ def test_a_student_learns_scores_in_between_and_is_judged(tmp_path):
         k: (x.shape, x.dtype) for k, x in shapes.items()
     }
     standard.run(made, tmp_path / "out")
+    held_out = read_metrics(tmp_path / "out")["valid/loss"][-1][1]
+    entropies = [-sum(p * np.log(p) for p in (s, 1 - s)) for s in (0.2, 0.7)]
+    assert min(entropies) < held_out < max(entropies) + 0.1  # of classes it would be -log 0.8 or -log 0.7
     model = runs.trained(tmp_path / "out")
     said = scores(model, [row["text"] for row in ROWS], batch_tokens=64)
     assert np.abs(said - [row["share"] for row in ROWS]).max() < 0.1
