@@ -8,10 +8,11 @@
   lmx distill write TEACHER questions.jsonl --out written.jsonl    a reply to each row's text
   lmx distill write TEACHER new.csv --template "Translate into Hindi: {text}" --samples 4 --choose likeliest
 
-TEACHER is a run's folder, quantized or not; but for scores also a Hugging Face folder or a .gguf file. Train on labels
-with data.teacher=TeacherTopK("labels") and a divergence such as ForwardKL() in the objective, on scores with
-SoftLabels(), on replies as on any conversations: data.train=(Chat("written.jsonl"),). Repeat the command to go on where
-it stopped. Several processes may label the same text together; each takes shards.
+TEACHER is a run's folder, quantized or not; but for scores also a Hugging Face folder or a .gguf file. If its tokenizer
+is another than that of the experiment, it labels those tokens that end where its own do. Train on labels with
+data.teacher=TeacherTopK("labels") and a divergence such as ForwardKL() in the objective, on scores with SoftLabels(),
+on replies as on any conversations: data.train=(Chat("written.jsonl"),). Repeat the command to go on where it stopped.
+Several processes may label the same text together; each takes shards.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def label(asked: Label) -> None:
     with Progress() as progress:
         prepared = data.prepare(found, cache_folder() / "data", progress=progress)
     prepared.report.warn("the text")
-    has, words = teacher.model.config.vocab_size, prepared.tokenizer.vocab_size
+    has, words = teacher.model.config.vocab_size, teacher.tokenizer.vocab_size
     if has > words:
         print(
             f"the teacher has {has - words} words beyond the tokenizer's {words}; what they hold is left out"
@@ -153,6 +154,14 @@ def label(asked: Label) -> None:
     n = sum(store.n_tokens for store in prepared.train_stores)
     size = sum(x.stat().st_size for path in paths for x in path.glob("*.bin"))
     print(f"{asked.out}: {n:,} tokens, {size / n:.0f} bytes each; data.teacher=TeacherTopK('{asked.out}')")
+    if teacher.tokenizer.hash != prepared.tokenizer.hash:
+        known = (
+            sum(data.Taught(str(path)).known_share * data.Taught(str(path)).starts[-1] for path in paths) / n
+        )
+        print(
+            f"the teacher's tokens end where the student's do at {known:.0%} of them; the others say nothing: learn "
+            'with mask="teacher_mask"'
+        )
 
 
 def score(asked: Score) -> None:

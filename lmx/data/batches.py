@@ -142,7 +142,8 @@ class Batches:
           padding; loss_mask is 1 on every position that has a label, of conversations one of a reply, and 0 on
           padding. With a store of pairs also rejected_mask and pair_mask float32, see `Preferences`; with a
           store of scores also scores float32, each where its document's label is; with labels of
-          a teacher also teacher_ids int32 and teacher_log_p float32 [rows, seq_len, k], see `TeacherTopK`.
+          a teacher also teacher_ids int32 and teacher_log_p float32 [rows, seq_len, k], and teacher_mask, see
+          `TeacherTopK`.
         Raises: ValueError if n is negative.
         """
         if n < 0:
@@ -345,8 +346,9 @@ def _gather(
     if taught:
         k = taught[0].k
         out["teacher_ids"], out["teacher_log_p"] = (np.empty((n, seq_len, k), x) for x in ("i4", "f4"))
+        known = np.empty((n, seq_len), bool)
         for m, one in zip(mine, taught):
-            out["teacher_ids"][m], out["teacher_log_p"][m] = one.read(at[m])
+            out["teacher_ids"][m], out["teacher_log_p"][m], known[m] = one.read(at[m])
     for m, store in zip(mine, stores):
         if store.mask is not None:
             out["loss_mask"][m] = store.mask[1:].take(at[m], mode="clip")
@@ -361,6 +363,8 @@ def _gather(
             out["loss_mask"][m] *= ~rejected
             following = np.pad(segments[:, 1:], ((0, 0), (0, 1)))
             out["pair_mask"][m] = rejected & (segments > 0) & (segments != following)
+    if taught:
+        out["teacher_mask"] = out["loss_mask"] * known
     if padding.any():
         real = out["segment_ids"] > 0
         for name, value in out.items():

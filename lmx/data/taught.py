@@ -9,7 +9,8 @@ to follow, and the logs of their probabilities.
 A shard of n tokens holds ids [n, k], little-endian uint16 or, above 65,536 words, uint32, likeliest first; then codes
 [n, k + 1], uint16 or uint8, of their log probabilities and, last, of the tail's: of all other tokens together.
 
-    log p = -code / UNIT,    in nats, rounded to the nearest; of the tail the largest code is a mass of 0
+    log p = -code / UNIT,    in nats, rounded to the nearest; of the tail the largest code is a mass of 0, and where all
+                           codes are the largest nothing is known
 
 Row i of the shards, one after the other, is what follows token i of the store. With 16 bits a log probability is off by
 1/4096 at most, down to -32; with 8 bits by 1/32, down to -16. What is read adds up to 1 with the tail: where the k hold
@@ -46,7 +47,9 @@ HALF = 0.5
 class TeacherTopK:
     """A teacher's labels of the training text, from `lmx distill label`: `Data(..., teacher=TeacherTopK("labels"))`.
 
-    Batches then have `teacher_ids` int32 and `teacher_log_p` float32 [B, T, k], as `lmx.losses.Divergence` reads them.
+    Batches then have `teacher_ids` int32 and `teacher_log_p` float32 [B, T, k], as `lmx.losses.Divergence` reads them,
+    and `teacher_mask` float32 [B, T]: `loss_mask` where the teacher said something, which one of another tokenizer did
+    not everywhere, for terms that learn from it: `Term(ForwardKL(), mask="teacher_mask")`.
     path: the folder, which names its parts by the texts they label. k: that many of the likeliest; None is all that
     are kept. teacher: the first digits of the teacher's hash, if no other will do. any_view: also takes labels of a
     teacher that saw less of a document before a token than the student will.
@@ -90,9 +93,10 @@ class TeacherTopK:
                 "for; leave it out, or name a store of that teacher"
             )
         context, overlap, longest = meta["context"], meta["overlap"], meta["longest"]
+        across = "teacher_tokenizer" in meta  # which cuts documents otherwise, whatever the settings
         same = context == seq_len and not overlap and packing == "best_fit"
         no_less = overlap >= seq_len - 1 or longest <= context
-        if not (same or no_less or self.any_view):
+        if not (same or no_less or across or self.any_view):
             raise ValueError(
                 f"{found.path}: its teacher read documents of up to {longest:,} tokens {context} at a time, "
                 f"{overlap} of them again, and the student's rows of {seq_len} ({packing}) show it more before some "
@@ -140,20 +144,31 @@ class Taught:
         """sha256 of what it was made of and how, and of how much of it is read."""
         return hashlib.sha256(json.dumps([self.meta, self.k], sort_keys=True).encode()).hexdigest()
 
-    def read(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What follows tokens at [...] of the text: ids int32 and log probabilities float32 in nats, both [..., k].
-        The tail has the rest of the mass. Indices beyond the text are those of its ends."""
+    def read(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What follows tokens at [...] of the text: ids int32 and log probabilities float32 in nats, both [..., k], and
+        whether it is known, bool [...]. The tail has the rest of the mass. Indices beyond the text are those of its
+        ends."""
         flat = np.clip(at, 0, self.starts[-1] - 1).ravel()
         shard = np.searchsorted(self.starts, flat, "right") - 1
         ids = np.empty((len(flat), self.k), np.int32)
         log_p = np.empty((len(flat), self.k), np.float32)
+        known, nothing = np.empty(len(flat), bool), (1 << self.meta["bits"]) - 1
         for i in np.unique(shard):
             here = np.flatnonzero(shard == i)
             local = flat[here] - self.starts[i]
             kept_ids, codes = self._shards[i]
             ids[here] = kept_ids[local, : self.k]
             log_p[here] = decoded(codes[local], self.meta["bits"])[:, : self.k]
-        return ids.reshape(*at.shape, self.k), log_p.reshape(*at.shape, self.k)
+            known[here] = (codes[local] != nothing).any(1)
+        return ids.reshape(*at.shape, self.k), log_p.reshape(*at.shape, self.k), known.reshape(at.shape)
+
+    @property
+    def known_share(self) -> float:
+        """Of the tokens, those of which something is known, the last of a document aside."""
+        nothing = (1 << self.meta["bits"]) - 1
+        return sum(int((codes != nothing).any(1).sum()) for _, codes in self._shards) / max(
+            1, self.starts[-1]
+        )
 
     @functools.cached_property
     def _shards(self) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -9,6 +9,9 @@ nothing of other documents. A longer document is cut where best-fit packing cuts
 conversation the part that is learned is read. With an `overlap` of O every token but the first O has at least O before
 it, at context / (context - O) of the cost. Pieces of documents share rows and all batches have one shape, so there is
 one compiled program; logits stay on the device, a slice at a time.
+
+A teacher of another tokenizer reads the documents as its own cuts them, `context` of its tokens at a time, and labels
+the student's tokens where both end (see `bridge`).
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from lmx import artifact
 from lmx.data import Batches, Prepared, TokenStore
 from lmx.data.pack import BestFit
 from lmx.data.taught import UNITS, TaughtWriter, folder_of
+
+from .bridge import Bridge
 
 CHUNK = 1 << 23
 """Logits that are held at once."""
@@ -60,12 +65,14 @@ def label(
       context: tokens it reads at once, `prepared.data.seq_len` if None. overlap: of them those read again.
       batch_tokens: in a batch. shard_tokens: in a shard, about; what a kill loses at most.
       seen: called with tokens that are labelled, and with all.
-    Raises: ValueError for settings that cannot be met, another tokenizer, a teacher that cannot read so far, or a
-      folder that holds other labels; OSError that names the path.
+    Raises: ValueError for settings that cannot be met, tokenizers that cannot be laid beside each other, a teacher that
+      cannot read so far, or a folder that holds other labels; OSError that names the path.
     """
     context = prepared.data.seq_len if context is None else context
     words = prepared.tokenizer.vocab_size
     _check(teacher, prepared, k, bits, context, overlap)
+    same = teacher.tokenizer.hash == prepared.tokenizer.hash
+    bridge = None if same else Bridge(teacher.tokenizer, prepared.tokenizer)
     parents = [artifact.find(x) for x in origin]
     known = [parent.hash for parent in parents]
     settings = {
@@ -77,12 +84,12 @@ def label(
         "bits": bits,
         "context": context,
         "overlap": overlap,
-    }
+    } | ({} if same else {"teacher_tokenizer": teacher.tokenizer.hash})
     done, of = 0, sum(store.n_tokens for store in prepared.train_stores)
     paths = []
     for store in prepared.train_stores:
         writer = TaughtWriter(folder_of(out, store), settings | _of_text(store, prepared, shard_tokens))
-        work = _Work(teacher, store, writer, batch_tokens)
+        work = _Work(teacher, store, writer, batch_tokens, bridge)
         facts = {name: settings[name] for name in ("k", "bits", "context", "overlap")}
         facts |= {"tokens": store.n_tokens, "source": store.meta.get("source", "")}
         for n in work.run():
@@ -117,14 +124,17 @@ def _check(teacher, prepared: Prepared, k: int, bits: int, context: int, overlap
         raise ValueError(f"label: bits={bits}; use 16, or 8 for about a quarter less to keep")
     if context < 1 or not 0 <= overlap < context:
         raise ValueError(f"label: context={context}, overlap={overlap}; use an overlap from 0 to context - 1")
-    if teacher.tokenizer.hash != prepared.tokenizer.hash:
+    if teacher.tokenizer.hash != prepared.tokenizer.hash and any(
+        x.mask is not None for x in prepared.train_stores
+    ):
         raise ValueError(
             f"label: the teacher's tokenizer ({teacher.tokenizer.hash[:12]}) is not that of the data "
-            f"({prepared.tokenizer.hash[:12]}); give the data the teacher's, tokenizer=File(its path)"
+            f"({prepared.tokenizer.hash[:12]}), and conversations are labelled in one alone; give the data the "
+            "teacher's, tokenizer=File(its path)"
         )
-    has = teacher.model.config.vocab_size
-    if has < words:
-        raise ValueError(f"label: the teacher has {has:,} words and the tokenizer {words:,}; they do not fit")
+    has, own = teacher.model.config.vocab_size, teacher.tokenizer.vocab_size
+    if has < own:
+        raise ValueError(f"label: the teacher has {has:,} words and its tokenizer {own:,}; they do not fit")
     limits = [
         ("has positions for", teacher.model.config.position.max_len()),
         ("was made to read", teacher.context),
@@ -135,6 +145,14 @@ def _check(teacher, prepared: Prepared, k: int, bits: int, context: int, overlap
                 f"label: context={context}, and the teacher {what} {limit} tokens; use {limit}, with an overlap "
                 "so that it sees enough of long documents"
             )
+
+
+class _Text(NamedTuple):
+    """What the teacher reads."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    pieces: _Pieces
 
 
 class _Pieces(NamedTuple):
@@ -148,12 +166,18 @@ class _Pieces(NamedTuple):
 class _Work:
     """The labels of one text, under way."""
 
-    def __init__(self, teacher, store: TokenStore, writer: TaughtWriter, batch_tokens: int):
-        self.store, self.writer, self.meta = store, writer, writer.meta
+    def __init__(
+        self, teacher, store: TokenStore, writer: TaughtWriter, batch_tokens: int, bridge: Bridge | None
+    ):
+        self.store, self.writer, self.meta, self.bridge = store, writer, writer.meta, bridge
         self.params = teacher.params
-        self.pieces = _pieces(store, self.meta["context"], self.meta["overlap"])
-        longest = int(self.pieces.length.max(initial=1))
-        self.width = min(self.meta["context"], max(16, 1 << (longest - 1).bit_length()))
+        self.width = self.meta["context"]
+        if bridge is None:
+            pieces = _pieces(store, self.meta["context"], self.meta["overlap"])
+            self.text = _Text(store.tokens, store.offsets, pieces)
+            longest = int(pieces.length.max(initial=1))
+            self.width = min(self.width, max(16, 1 << (longest - 1).bit_length()))
+        self.first = None if bridge is None else jnp.asarray(bridge.first)
         self.rows = max(1, batch_tokens // self.width)
         self.program = _program(teacher.model, self.meta["words"], self.meta["k"], self.meta["bits"])
 
@@ -191,44 +215,57 @@ class _Work:
     def _shard(self, i: int):
         """Labels of a shard: (ids, codes). Yields tokens as they are labelled."""
         start, stop = self.meta["starts"][i : i + 2]
+        if self.bridge is None:
+            return (yield from self._labelled(self.text, start, stop, 1.0))
+        crossed = self.bridge.cross(self.store, start, stop)
+        n = len(crossed.tokens)
+        pieces = _cut(crossed.offsets, self.meta["context"], self.meta["overlap"])
+        share = (stop - start) / max(1, n)
+        found = yield from self._labelled(_Text(crossed.tokens, crossed.offsets, pieces), 0, n, share)
+        ids, codes = (x[np.maximum(crossed.at, 0)] if n else x for x in found)
+        codes[crossed.at < 0] = (1 << self.meta["bits"]) - 1
+        return ids, codes
+
+    def _labelled(self, text: _Text, start: int, stop: int, share: float):
+        """Labels of a part of a text: (ids, codes). share: the student's tokens for one that is read."""
         k, bits = self.meta["k"], self.meta["bits"]
         ids = np.zeros((stop - start, k), self.meta["ids"])
         codes = np.full((stop - start, k + 1), (1 << bits) - 1, f"<u{bits // 8}")
-        counted, running = 0, None
-        for batch, at, source in self._batches(start, stop):
-            following = self.program(self.params, batch), at, source - start
+        told, running = 0, None
+        for batch, at, source in self._batches(text, start, stop):
+            following = self.program(self.params, batch, self.first), at, source - start
             if running is not None:
-                counted += yield from self._collect(*running, ids, codes)
+                told += yield from self._collect(*running, ids, codes, share)
             running = following
         if running is not None:
-            counted += yield from self._collect(*running, ids, codes)
-        yield stop - start - counted
+            told += yield from self._collect(*running, ids, codes, share)
+        yield round((stop - start) * share) - told
         return ids, codes
 
-    def _collect(self, found, at, source, ids, codes):
+    def _collect(self, found, at, source, ids, codes, share):
         """Puts a batch's labels, positions `at` of it, where they belong."""
         for kept, new in zip((ids, codes), found):
             kept[source] = np.asarray(new).reshape(-1, new.shape[-1])[at]
-        yield len(at)
-        return len(at)
+        yield int(len(at) * share)
+        return int(len(at) * share)
 
-    def _batches(self, start: int, stop: int):
+    def _batches(self, text: _Text, start: int, stop: int):
         """(batch, places in it [n], indices in the text [n]) of what is to be labelled."""
-        p = self.pieces
+        p = text.pieces
         here = slice(*np.searchsorted(p.begin, [start, stop]))
         begin, length, skip = p.begin[here], p.length[here], p.skip[here]
         if not len(begin):
             return
-        packed = BestFit(self.store.offsets, self.width, (begin, length.astype(np.int32)))
+        packed = BestFit(text.offsets, self.width, (begin, length.astype(np.int32)))
         found = packed.pieces(np.arange(packed.n_rows), np.zeros(packed.n_rows, np.int64))
         skip = skip[np.searchsorted(begin, found.begin)]
         ends = np.cumsum(found.counts)
         for first in range(0, packed.n_rows, self.rows):
             counts = found.counts[first : first + self.rows]
             of = slice(ends[first] - found.counts[first], ends[first + len(counts) - 1])
-            yield self._batch(counts, found.begin[of], found.length[of], skip[of])
+            yield self._batch(text.tokens, counts, found.begin[of], found.length[of], skip[of])
 
-    def _batch(self, counts, begin, length, skip):
+    def _batch(self, tokens, counts, begin, length, skip):
         total = int(length.sum())
         row = np.repeat(np.arange(len(counts)), counts)
         before = np.cumsum(length) - length  # of each piece, in all rows
@@ -240,7 +277,7 @@ class _Work:
             name: np.zeros(self.rows * self.width, np.int32)
             for name in ("tokens", "positions", "segment_ids")
         }
-        batch["tokens"][at] = self.store.tokens[source]
+        batch["tokens"][at] = tokens[source]
         batch["positions"][at] = within
         batch["segment_ids"][at] = np.repeat(np.arange(len(row)) - first[row] + 1, length)
         new = within >= np.repeat(skip, length)
@@ -248,13 +285,24 @@ class _Work:
 
 
 def _pieces(store: TokenStore, context: int, overlap: int) -> _Pieces:
-    """What is read, in the order of the text."""
+    """What is read, in the order of the text; of conversations what is learned."""
+    if overlap or store.mask is None:
+        return _cut(store.offsets, context, overlap)
+    (plan,) = Batches((store,), context, 1).plans
+    return _whole(plan)
+
+
+def _whole(plan: BestFit) -> _Pieces:
+    found = plan.pieces(np.arange(plan.n_rows), np.zeros(plan.n_rows, np.int64))
+    order = np.argsort(found.begin)
+    return _Pieces(found.begin[order], found.length[order], np.zeros(len(order), np.int64))
+
+
+def _cut(offsets: np.ndarray, context: int, overlap: int) -> _Pieces:
+    """Documents `context` tokens at a time, `overlap` of them again."""
     if not overlap:
-        (plan,) = Batches((store,), context, 1).plans
-        found = plan.pieces(np.arange(plan.n_rows), np.zeros(plan.n_rows, np.int64))
-        order = np.argsort(found.begin)
-        return _Pieces(found.begin[order], found.length[order], np.zeros(len(order), np.int64))
-    offsets = np.asarray(store.offsets, np.int64)
+        return _whole(BestFit(offsets, context))
+    offsets = np.asarray(offsets, np.int64)
     n = np.maximum(np.diff(offsets) - 1, 0)
     step = context - overlap
     counts = np.where(n > 0, 1 + -(-np.maximum(n - context, 0) // step), 0)
@@ -266,12 +314,18 @@ def _pieces(store: TokenStore, context: int, overlap: int) -> _Pieces:
 
 @functools.lru_cache(maxsize=8)
 def _program(model, words: int, k: int, bits: int):
-    """(params, batch) -> ids [R, T, k] uint16 or uint32, codes [R, T, k + 1] uint16 or uint8."""
+    """(params, batch, first) -> ids [R, T, k] uint16 or uint32, codes [R, T, k + 1] uint16 or uint8. first: None, or as
+    `Bridge` has it, where words are the student's."""
     id_type = jnp.uint16 if words <= 1 << 16 else jnp.uint32
     unit, most = UNITS[bits], (1 << bits) - 1
 
+    def across(logits, first):
+        p = jax.nn.softmax(logits[:, : len(first)])
+        p = jnp.zeros((len(p), words + 1)).at[:, first].add(p)
+        return jnp.log(p)
+
     @jax.jit
-    def answers(params, batch):
+    def answers(params, batch, first):
         out = model.apply(params, batch)
         R, T, D = out.hidden.shape
         size = max(1, min(R * T, CHUNK // words))
@@ -279,10 +333,13 @@ def _program(model, words: int, k: int, bits: int):
         hidden = jnp.pad(out.hidden.reshape(R * T, D), ((0, short), (0, 0))).reshape(-1, 1, size, D)
 
         def part(hidden):
-            logits = replace(out, hidden=hidden).logits[0, :, :words]
-            top, ids = jax.lax.top_k(logits, k)
+            logits = replace(out, hidden=hidden).logits[0]
+            logits = logits[:, :words] if first is None else across(logits, first)
+            top, ids = jax.lax.top_k(logits[:, :words], k)
             log_p = top - jax.nn.logsumexp(logits, -1, keepdims=True)
-            rest = 1.0 - jnp.exp(log_p).sum(-1, keepdims=True) if k < words else jnp.zeros_like(log_p[:, :1])
+            rest = 1.0 - jnp.exp(log_p).sum(-1, keepdims=True)
+            if k == words and first is None:
+                rest = jnp.zeros_like(rest)
             log_p = jnp.concatenate([log_p, jnp.log(jnp.maximum(rest, 0.0))], -1)
             codes = jnp.clip(jnp.round(log_p * -unit), 0, most)
             return ids.astype(id_type), codes.astype(jnp.uint16 if bits == 16 else jnp.uint8)

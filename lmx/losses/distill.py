@@ -169,8 +169,9 @@ class TotalVariation(Divergence):
 class Uld(Divergence):
     """T sum over i of |p_(i) - q_(i)| of probabilities sorted from the largest, for teachers of another tokenizer.
 
-    Which words they are of is not asked, so vocabularies may be any; the smaller one has zeros at its end. The data has
-    to put at each position of the batch what the teacher says there. Of a store the words beyond its k are one cell.
+    Which words they are of is not asked, so vocabularies may be any; the smaller one has zeros at its end. A teacher of
+    another tokenizer labels the positions it knows, `Term(Uld(), mask="teacher_mask")`; of its labels the words beyond
+    the k are one cell.
     Source: Boizard et al. 2024 (Universal Logit Distillation), arXiv:2402.12030, equation 4.
     """
 
@@ -213,6 +214,6 @@ def shared_words(teacher: int, student: int, who: str) -> int:
     if abs(teacher - student) >= PADDING:
         raise ValueError(
             f"{who}: the teacher has {teacher} words and the student {student}, more apart than padding; use models of "
-            "one tokenizer, or a loss across tokenizers: Uld()"
+            "one tokenizer, or have the teacher label the text before: lmx distill label"
         )
     return min(teacher, student)

@@ -152,6 +152,8 @@ def batch_shapes(run: Any, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     dtypes = BATCH_DTYPES | (PAIR_DTYPES if judged(run) is run.objective else {})
     if _scored(run.data):
         dtypes = dtypes | {"scores": np.float32}
+    if run.data.teacher is not None:
+        dtypes = dtypes | {"teacher_mask": np.float32}
     found = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     if run.data.teacher is not None:
         shape = (*shape, run.data.teacher.width)
@@ -193,7 +195,7 @@ def _hidden_labels(mask: Mask, seq_len: int) -> Callable[[dict], dict]:
 
     def hide(batch):
         seen = sees_next(mask, Where(batch["positions"], batch["segment_ids"]))
-        masks = (name for name in ("loss_mask", "rejected_mask") if name in batch)
+        masks = (name for name in ("loss_mask", "rejected_mask", "teacher_mask") if name in batch)
         return batch | {name: jnp.where(seen, 0.0, batch[name]) for name in masks}
 
     return hide

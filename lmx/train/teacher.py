@@ -84,7 +84,7 @@ class Teacher(Enrich):
         if told := difference(tokenizer, found.tokenizer):
             raise ValueError(
                 f"{self.path} has another tokenizer than the run: {told} (the run's, then the teacher's); set "
-                f"data.tokenizer=File({self.path!r}), or have it write text that the student learns from"
+                f"data.tokenizer=File({self.path!r}), or have it label or write text before: lmx distill"
             )
         shared_words(found.config.vocab_size, run.model.vocab_size, self.path)
 
