@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import sys
+import threading
 from pathlib import Path
 from string import Template
 
@@ -22,8 +23,9 @@ CHUNKS = 8
 """Chunks per thread: a thread that the machine slows leaves the rest of its share to others."""
 SMALLEST = 32
 """Columns of a chunk at least, so that small products are not split at all."""
-_engines = []
-"""What owns the compiled code, which XLA may call as long as the process lives."""
+_engines = {}
+"""Name -> what owns the compiled code, which XLA may call as long as the process lives."""
+_one_at_a_time = threading.Lock()
 
 
 def available() -> bool:
@@ -56,8 +58,15 @@ def register(name: str, chunk: str, axis: int = 1, smallest: int = SMALLEST) -> 
 
     chunk: LLVM IR of `@chunk(ptr %frame, i64 %begin, i64 %end)`, which writes what lies at begin to end of an axis of
     its first result; `@data` and `@dim` read the frame. Several threads call it at once. smallest: what one is given
-    of that axis at the least.
+    of that axis at the least. A name is compiled once, however many threads ask for it.
     """
+    with _one_at_a_time:
+        if name not in _engines:
+            _engines[name] = _compiled(name, chunk, axis, smallest)
+    return name
+
+
+def _compiled(name: str, chunk: str, axis: int, smallest: int):
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -79,10 +88,9 @@ def register(name: str, chunk: str, axis: int = 1, smallest: int = SMALLEST) -> 
     passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    _engines.append(engine)
     address = ctypes.c_void_p(engine.get_function_address("handler"))
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
-    return name
+    return engine
 
 
 _SHARED = """

@@ -55,7 +55,7 @@ def _with_gradient(q, k, v, q_where, k_where, mask, scale):
     (B, _, N, H), (S, K) = q.shape, k.shape[1:3]
     G = N // K
     heads = (H**-0.5 if scale is None else scale) * q.reshape(B * K, G, H)
-    kt, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    kt, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3).astype(jnp.float32)
     allowed = mask(q_where, k_where).reshape(B, S).astype(jnp.float32)
     results = tuple(jax.ShapeDtypeStruct((B * K, G, n), jnp.float32) for n in (H, S))
     target = _target(G, H, _lanes(S, H), _smallest(S, H))
@@ -208,9 +208,10 @@ def _softmax(f: Lines, lanes: int, at: str, allowed: str, n: str) -> None:
 
 
 def _exp(f: Lines, lanes: int, x: str) -> str:
-    """exp(x) for x <= 0: 2^n e^r by its series to the 7th power, |r| <= ln(2) / 2; 0 below -88."""
-    kind, whole_kind = f"<{lanes} x float>", f"<{lanes} x i32>"
-    x = f(f"call {kind} @llvm.maxnum.v{lanes}f32({kind} {x}, {kind} {_same(lanes, -88.0)})")
+    """exp(x) for x <= 0: 2^n e^r by its series to the 7th power, |r| <= ln(2) / 2; 0 below -88, NaN of NaN."""
+    kind, whole_kind, lowest = f"<{lanes} x float>", f"<{lanes} x i32>", _same(lanes, -88.0)
+    low = f(f"fcmp olt {kind} {x}, {lowest}")
+    x = f(f"select <{lanes} x i1> {low}, {kind} {lowest}, {kind} {x}")
     t = f(f"fmul {kind} {x}, {_same(lanes, 1.4426950408889634)}")
     n = f(f"call {kind} @llvm.nearbyint.v{lanes}f32({kind} {t})")
     r = _fma(f, lanes, n, _same(lanes, -0.693359375), x)
@@ -218,7 +219,7 @@ def _exp(f: Lines, lanes: int, x: str) -> str:
     y = _same(lanes, 1 / 5040)
     for factor in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
         y = _fma(f, lanes, y, r, _same(lanes, factor))
-    power = f(f"fptosi {kind} {n} to {whole_kind}")
+    power = f(f"freeze {whole_kind} {f(f'fptosi {kind} {n} to {whole_kind}')}")  # any number, of NaN
     biased = f(f"add {whole_kind} {power}, {numbers('i32', [127] * lanes)}")
     bits = f(f"shl {whole_kind} {biased}, {numbers('i32', [23] * lanes)}")
     return f(f"fmul {kind} {y}, {f(f'bitcast {whole_kind} {bits} to {kind}')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -159,6 +160,36 @@ def test_one_query_weighs_what_is_far_apart_and_equal_alike():
         np.testing.assert_allclose(
             one_query(q, k, v, **rule), attention(q, k, v, **rule), rtol=3e-7, atol=1e-37
         )
+
+
+@pytest.mark.skipif(not native.available(), reason="needs AVX2 and llvmlite")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_query_hides_nothing_that_is_not_finite(bad):
+    """A query, or a key that it sees, without a number makes an output without one, as in the form to read."""
+    q, k, v = qkv(1, 1, 4, 2, 16, S=32)
+    seen = jnp.ones((1, 32), jnp.int32).at[0, 20:].set(0)
+    rule = {
+        "q_where": Where(jnp.full((1, 1), 19, jnp.int32), jnp.ones((1, 1), jnp.int32)),
+        "k_where": Where(jnp.arange(32, dtype=jnp.int32)[None], seen),
+        "mask": CAUSAL,
+    }
+    for args in (
+        (q.at[0, 0, 1, 3].set(bad), k, v),
+        (q, k.at[0, 5, 0, 3].set(bad), v),
+        (q, k.at[0, 25, 0, 3].set(bad), v),
+    ):
+        np.testing.assert_allclose(one_query(*args, **rule), attention(*args, **rule), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs AVX2 and llvmlite")
+def test_threads_that_trace_one_query_at_once_share_what_is_compiled():
+    args = qkv(1, 1, 7, 1, 8, S=8)  # heads that no other test has
+    where = Where(jnp.arange(8, dtype=jnp.int32)[None], jnp.ones((1, 8), jnp.int32))
+    rule = {"q_where": Where(where.positions[:, -1:], where.segment_ids[:, -1:]), "k_where": where}
+    with ThreadPoolExecutor(8) as threads:
+        outs = list(threads.map(lambda _: one_query(*args, mask=CAUSAL, **rule), range(8)))
+    for out in outs:
+        np.testing.assert_array_equal(out, outs[0])
 
 
 @pytest.mark.parametrize("path", [kept, partial(blockwise, block=16)], ids=["cpu", "blockwise"])
