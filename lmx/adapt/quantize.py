@@ -87,14 +87,14 @@ class Quantize(Surgery):
                 )
 
     def of(self, w: jax.Array) -> Weight:
+        if self.activations == "int8" and self.bits == 4 and w.shape[-2] % 8:
+            raise ValueError(
+                f"{type(self).__name__}: {w.shape[-2]} inputs are no multiple of 8, as products of 4-bit codes want"
+            )
         if self.activations == "int8" and self.group_size and w.shape[-2] % self.group_size:
             raise ValueError(
                 f"{type(self).__name__}: group_size={self.group_size} does not divide {w.shape[-2]} inputs; with "
                 "rounded activations it must"
-            )
-        if self.activations == "int8" and self.bits == 4 and w.shape[-2] % 8:
-            raise ValueError(
-                f"{type(self).__name__}: {w.shape[-2]} inputs are no multiple of 8, as products of 4-bit codes want"
             )
         return quantize(
             w,

@@ -185,7 +185,7 @@ def _params(source: Path) -> Any:
 def _changes(asked: Extract, base: Any, tuned: Any) -> dict[str, tuple[float, int]]:
     """Path -> (sum of squares of the difference, bytes) of the parameters that differ.
 
-    Raises: ValueError if they are not of one model, or equal.
+    Raises: ValueError if they are not of one model, not finite, or equal.
     """
     import numpy as np
 
@@ -201,7 +201,13 @@ def _changes(asked: Extract, base: Any, tuned: Any) -> dict[str, tuple[float, in
             )
     found = {}
     for path, w in before.items():
-        difference = np.asarray(dense(after[path])) - np.asarray(dense(w))
+        there, here = np.asarray(dense(after[path])), np.asarray(dense(w))
+        for model, x in ((asked.tuned, there), (asked.base, here)):
+            if not np.isfinite(x).all():
+                raise ValueError(
+                    f"{model}: {path} holds numbers that are not finite; train it anew, or fetch it"
+                )
+        difference = there - here
         if size := float(np.square(difference, dtype=np.float64).sum()):
             found[path] = (size, difference.nbytes)
     if not found:

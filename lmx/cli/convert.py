@@ -81,6 +81,10 @@ class Options:
 
 def main(argv: list[str]) -> None:
     asked = cli.options(Options, argv, __doc__, "convert")
+    if asked.calibration == "":
+        raise ValueError(
+            '--calibration "" names no text; give a file, a pattern or a source, or leave it out'
+        )
     if asked.out.suffix == ".gguf":
         _to_gguf(asked)
         return

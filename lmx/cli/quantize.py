@@ -102,9 +102,11 @@ def main(argv: list[str]) -> None:
     model = trained(asked.model, step, asked.ema)
     already = [path for path, w in nodes(model.params, Quantized).items() if isinstance(w, Quantized)]
     if already:
+        run = asked.model if (asked.model / "run.txt").exists() else "RUN"
+        first = "" if run == asked.model else f"`lmx convert {asked.model} RUN`, then "
         raise ValueError(
             f"{asked.model}: {already[0]} is quantized already; give the model it was made from, or all that it is "
-            f"now as plain numbers: `lmx convert {asked.model} OUT --layout dense`"
+            f"now as plain numbers: {first}`lmx convert {run} OUT --layout dense`"
         )
     wrong = [path for path, w in nodes(model.params, Weight).items() if not np.isfinite(dense(w)).all()]
     if wrong:
@@ -162,6 +164,11 @@ def _check(asked: Options) -> None:
         raise ValueError(f"--group-size {asked.group_size}; use 2 or more, or 0 for one scale an output")
     if asked.where == "":
         raise ValueError('--where "" fits no path; name a pattern such as "blocks/*mlp*", or leave it out')
+    for name in ("calibration", "text"):
+        if getattr(asked, name) == "":
+            raise ValueError(
+                f'--{name} "" names no text; give a file, a pattern or a source, or leave it out'
+            )
     if asked.method != "mixed" and asked.bits is not None and asked.bits != int(asked.bits):
         raise ValueError(f"--bits {asked.bits} is no whole number; only --method mixed spends parts of bits")
     if asked.method != "mixed" and asked.bits == 7:

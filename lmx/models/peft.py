@@ -165,7 +165,7 @@ def load(folder: str | Path, family: Family, config: TransformerConfig, params: 
 
     Every key and shape is checked against what the config names of this model. Layers that it leaves out get zeros.
     params: of the model; needed for DoRA on some layers alone.
-    Raises: FileNotFoundError; ValueError for what is missing, unknown, of another shape, or none of lmx's.
+    Raises: FileNotFoundError; ValueError for what is missing, unknown, of another shape, not finite, or none of lmx's.
     """
     said, tensors = read(folder), _tensors(folder)
     entries, shapes = family.entries(config), pretrained.shapes(config)
@@ -198,15 +198,25 @@ def load(folder: str | Path, family: Family, config: TransformerConfig, params: 
     for module in modules:
         (rank, alpha), at = said.of(module), f"{PREFIX}{module}."
         keys = (EMBED_A, EMBED_B) if module == embed else (A, B)
-        a, b = (tensors[at + key].read().astype(np.float32).T for key in keys)
+        a, b = (_finite(tensors, at + key, where).T for key in keys)
         low = LowRank(None, a, b, alpha, said.stabilised)
         if said.dora:
-            lengths = tensors[at + LENGTHS].read().astype(np.float32)
+            lengths = _finite(tensors, at + LENGTHS, where)
             low = Dora(None, a, b, lengths[None], alpha, said.stabilised)
         found[f"{module}.weight"] = _transposed(low) if module == embed else low
     if config.tie_head:
         _check_tied(found.pop(f"{HEAD}.weight", None), found.get(f"{embed}.weight"), said)
     return adapter_map.load(entries, shapes, found, params)
+
+
+def _finite(tensors: Mapping[str, Any], key: str, where: str) -> np.ndarray:
+    """A tensor in float32. Raises: ValueError if some of its numbers are not finite."""
+    found = tensors[key].read().astype(np.float32)
+    if not np.isfinite(found).all():
+        raise ValueError(
+            f"{where}: {key} holds numbers that are not finite; train the adapter anew, or fetch it"
+        )
+    return found
 
 
 def save(

@@ -270,7 +270,7 @@ def _config_json(path: Path) -> dict[str, Any]:
 
 def _family(found: Mapping[str, Any], path: Path) -> Family:
     kind = found.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         code = " (its own code, named in auto_map, is never executed here)" if "auto_map" in found else ""
         raise ValueError(
             f"{path / 'config.json'}: model_type={kind!r:.99} is none of {', '.join(FAMILIES)}{code}"

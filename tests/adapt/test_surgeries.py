@@ -294,7 +294,7 @@ def test_the_dtype_of_plain_arrays_changes_and_nothing_else():
 @pytest.mark.parametrize("d_in", [36, 44])
 def test_four_bits_whose_inputs_are_no_multiple_of_8_have_no_whole_number_products(d_in):
     with pytest.raises(ValueError, match=f"{d_in} inputs are no multiple of 8"):
-        adapt.W4A8(group_size=d_in).of(jnp.ones((d_in, 8)))
+        adapt.W4A8(group_size=16).of(jnp.ones((d_in, 8)))  # not: choose another group size
 
 
 def test_dora_on_a_column_of_zeros_is_finite():

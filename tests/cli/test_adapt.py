@@ -8,7 +8,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lmx.data import Word
 from lmx.formats import safetensors
@@ -133,6 +133,25 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, refused):
     assert "--rank 0; use 1 or more" in refused("adapt", "extract", model, model, out, "--rank", "0")
     assert "is already there; name a new folder" in refused("adapt", "merge", model, adapter, model)
     assert {path.name for path in tmp_path.iterdir()} == {"released", "other"}
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, refused):
+    """In an adapter, which would spoil all of a model, and in one of two models."""
+    model, adapter = released(tmp_path / "released", "llama"), tmp_path / "adapter"
+    for whole, part, name in (
+        (MODELS / "adapters" / "lora", adapter, "adapter_model"),
+        (model, tmp_path / "tuned", "model"),
+    ):
+        shutil.copytree(whole, part)
+        tensors = load_file(part / f"{name}.safetensors")
+        broken = next(x for x in tensors if "q_proj" in x)
+        tensors[broken][0, 0] = np.nan
+        save_file(tensors, part / f"{name}.safetensors")
+    told = refused("adapt", "merge", model, adapter, tmp_path / "out")
+    assert "q_proj.lora_A.weight holds numbers that are not finite" in told
+    told = refused("adapt", "extract", tmp_path / "tuned", model, tmp_path / "out")
+    assert f"{tmp_path / 'tuned'}: blocks/attn/q/w holds numbers that are not finite" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_alpha_beyond_all_floats_is_refused_by_name():

@@ -72,6 +72,17 @@ def test_a_layout_is_of_quantized_matrices(released, tmp_path, lmx, refused):
     assert "layout='gptq': no matrix of this model is quantized; leave the layout out" in told
 
 
+def test_a_quantized_folder_says_how_it_becomes_plain_numbers(released, tmp_path, lmx, refused):
+    lmx("quantize", released, tmp_path / "q8")
+    lmx("convert", tmp_path / "q8", tmp_path / "codes")
+    told = refused("quantize", tmp_path / "codes", tmp_path / "out")
+    codes = tmp_path / "codes"
+    assert f"`lmx convert {codes} RUN`, then `lmx convert RUN OUT --layout dense`" in told
+    lmx("convert", codes, tmp_path / "again")
+    lmx("convert", tmp_path / "again", tmp_path / "plain", "--layout", "dense")
+    lmx("quantize", tmp_path / "plain", tmp_path / "out")
+
+
 def test_mistakes_are_told(released, tmp_path, refused):
     assert "no such model" in refused("convert", tmp_path / "none", tmp_path / "out")
     assert "is already there; name a new folder" in refused("convert", released, released)
@@ -149,6 +160,7 @@ def test_a_gguf_file_loses_least_where_a_texts_inputs_are_large(run, tmp_path, l
     out = tmp_path / "out.gguf"
     assert "says nothing to --type F16" in refused("convert", folder, out, *text)
     assert "--calibration is of GGUF files" in refused("convert", folder, tmp_path / "out", *text)
+    assert '--calibration "" names no text' in refused("convert", folder, out, "--calibration", "")
     assert "no-such.txt" in refused("convert", folder, out, "--type", "Q4_0", "--calibration", "no-such.txt")
     told = refused("convert", folder, out, "--type", "Q4_0", *text[:2], "--length", "99999")
     assert "give a longer text or a shorter --length" in told and not out.exists()

@@ -290,6 +290,8 @@ def base():
         (("--method", "nf4", "--group-size", "1"), "--group-size 1; use 2 or more"),
         (("--method", "w4a8", "--group-size", "0"), "w4a8 has groups"),
         (("--where", ""), "fits no path"),
+        (("--method", "gptq", "--calibration", ""), '--calibration "" names no text'),
+        (("--report", "--text", ""), '--text "" names no text'),
         (("--method", "mixed", "--bits", "inf", "--calibration", "hindi.txt"), "--bits inf; use 2"),
         (("--method", "mixed", "--bits", "nan", "--calibration", "hindi.txt"), "--bits nan; use 2"),
     ],

@@ -58,6 +58,7 @@ EXTRA = np.zeros((2, 2), np.float32)
         ({"num_attention_heads": 0}, "n_heads=0 must be at least 1"),
         ({"rms_norm_eps": None, "hidden_act": "relu"}, "hidden_act='relu' has no counterpart"),
         ({"model_type": "llama9"}, "model_type='llama9' is none of llama, mistral"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\] is none of llama, mistral"),
         (
             {"model_type": "own", "auto_map": {"AutoModel": "x.Y"}},
             r"own code, named in auto_map, is never executed",
