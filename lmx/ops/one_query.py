@@ -47,7 +47,7 @@ def one_query(
     check_heads(q.shape[2], k.shape[2])
     if reason := obstacle(q, k, bias, softcap):
         raise ValueError(f'attention: impl="one_query" {reason}; use "reference" or "auto"')
-    return _with_gradient(q, k, v, q_where, k_where, mask, scale)
+    return _with_gradient(q, k, v.astype(jnp.float32), q_where, k_where, mask, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -173,7 +173,7 @@ def _product(f: Lines, lanes: int, rows: int, a: tuple, b: tuple, y: tuple, K: s
 
 
 def _softmax(f: Lines, lanes: int, at: str, allowed: str, n: str) -> None:
-    """The n scores at `at` become their weights: zeros where none is allowed."""
+    """The n scores at `at` become their weights: zeros where none is allowed, NaN where an allowed score is NaN."""
     kind = f"<{lanes} x float>"
     lowest = _same(lanes, -1e30)
 
@@ -191,7 +191,10 @@ def _softmax(f: Lines, lanes: int, at: str, allowed: str, n: str) -> None:
     sums = f.variable(kind, "zeroinitializer")
     with f.loop("0", n, lanes) as s:
         x, some, to = each(s)
-        e = _exp(f, lanes, f(f"fsub {kind} {x}, {top}"))
+        x = f(f"fsub {kind} {x}, {top}")
+        e = f(
+            f"select <{lanes} x i1> {f(f'fcmp uno {kind} {x}, {x}')}, {kind} {x}, {kind} {_exp(f, lanes, x)}"
+        )
         e = f(f"select <{lanes} x i1> {some}, {kind} {e}, {kind} zeroinitializer")
         f.put(kind, f(f"fadd {kind} {e}, {f.get(kind, sums)}"), sums)
         f.do(f"store {kind} {e}, ptr {to}, align 4")

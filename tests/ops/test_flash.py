@@ -161,6 +161,32 @@ def test_one_query_weighs_what_is_far_apart_and_equal_alike():
         )
 
 
+@pytest.mark.skipif(not native.available(), reason="needs AVX2 and llvmlite")
+@pytest.mark.parametrize("broken", ["q", "k"])
+def test_one_query_hides_no_nan(broken):
+    """A score that is NaN, or infinite, makes its row NaN, as in the reference; a key that is not allowed does not."""
+    args = dict(zip("qkv", qkv(2, 1, 4, 2, 8, S=24)))
+    args[broken] = args[broken].at[0, 0].set(jnp.nan).at[1, 0, 0].set(jnp.inf)
+    args["k"] = args["k"].at[:, -1].set(jnp.nan)
+    k_where = Where(jnp.tile(jnp.arange(24), (2, 1)), jnp.ones((2, 24), jnp.int32))
+    q_where = Where(jnp.full((2, 1), 20), jnp.ones((2, 1), jnp.int32))
+    rule = {"q_where": q_where, "k_where": k_where, "mask": CAUSAL}
+    out, expected = (f(**args, **rule) for f in (one_query, attention))
+    assert np.isnan(expected).any() and np.isfinite(expected).any()
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs AVX2 and llvmlite")
+def test_one_query_reads_values_of_another_dtype_as_numbers():
+    q, k, v = qkv(2, 1, 4, 2, 8, S=24)
+    k_where = Where(jnp.tile(jnp.arange(24), (2, 1)), jnp.ones((2, 24), jnp.int32))
+    q_where = Where(jnp.full((2, 1), 20), jnp.ones((2, 1), jnp.int32))
+    rule = {"q_where": q_where, "k_where": k_where, "mask": CAUSAL}
+    half = v.astype(jnp.bfloat16)
+    expected = attention(q, k, half.astype(jnp.float32), **rule)
+    np.testing.assert_allclose(one_query(q, k, half, **rule), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("path", [kept, partial(blockwise, block=16)], ids=["cpu", "blockwise"])
 def test_inside_scan_remat_and_vmap(path):
     where = packed(2, 40)
