@@ -124,6 +124,8 @@ def extract(asked: Extract) -> None:
 
     if asked.rank < 1:
         raise ValueError(f"--rank {asked.rank}; use 1 or more")
+    if asked.where == "":
+        raise ValueError('--where "" fits no path; name a pattern such as "*attn/*", or leave it out')
     where = asked.where or adapt.LAYERS
     with new_folder(asked.out) as folder, Progress() as progress:
         family, config, _ = _about(asked.base)
@@ -185,7 +187,7 @@ def _params(source: Path) -> Any:
 def _changes(asked: Extract, base: Any, tuned: Any) -> dict[str, tuple[float, int]]:
     """Path -> (sum of squares of the difference, bytes) of the parameters that differ.
 
-    Raises: ValueError if they are not of one model, or equal.
+    Raises: ValueError if they are not of one model, not finite, or equal.
     """
     import numpy as np
 
@@ -202,6 +204,10 @@ def _changes(asked: Extract, base: Any, tuned: Any) -> dict[str, tuple[float, in
     found = {}
     for path, w in before.items():
         difference = np.asarray(dense(after[path])) - np.asarray(dense(w))
+        if not np.isfinite(difference).all():
+            raise ValueError(
+                f"{path} of {asked.tuned} or {asked.base} holds numbers that are not finite; train it anew, or fetch it"
+            )
         if size := float(np.square(difference, dtype=np.float64).sum()):
             found[path] = (size, difference.nbytes)
     if not found:

@@ -165,7 +165,7 @@ def load(folder: str | Path, family: Family, config: TransformerConfig, params: 
 
     Every key and shape is checked against what the config names of this model. Layers that it leaves out get zeros.
     params: of the model; needed for DoRA on some layers alone.
-    Raises: FileNotFoundError; ValueError for what is missing, unknown, of another shape, or none of lmx's.
+    Raises: FileNotFoundError; ValueError for what is missing, unknown, of another shape, not finite, or none of lmx's.
     """
     said, tensors = read(folder), _tensors(folder)
     entries, shapes = family.entries(config), pretrained.shapes(config)
@@ -194,6 +194,9 @@ def load(folder: str | Path, family: Family, config: TransformerConfig, params: 
         )
     where = f"{Path(said.where).with_name(WEIGHTS)} for this {family.model_type}"
     weight_map.check({key: Wanted(shape) for key, shape in wanted.items()}, tensors, where)
+    for key in wanted:
+        if not np.isfinite(tensors[key].read()).all():
+            raise ValueError(f"{where}: {key} holds numbers that are not finite; train it anew, or fetch it")
     found = {}
     for module in modules:
         (rank, alpha), at = said.of(module), f"{PREFIX}{module}."

@@ -8,7 +8,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lmx.data import Word
 from lmx.formats import safetensors
@@ -133,6 +133,25 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, refused):
     assert "--rank 0; use 1 or more" in refused("adapt", "extract", model, model, out, "--rank", "0")
     assert "is already there; name a new folder" in refused("adapt", "merge", model, adapter, model)
     assert {path.name for path in tmp_path.iterdir()} == {"released", "other"}
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, refused):
+    model, adapter, out = released(tmp_path / "released", "llama"), tmp_path / "adapter", tmp_path / "out"
+    for folder, of in ((MODELS / "adapters" / "lora", adapter), (model, tmp_path / "tuned")):
+        shutil.copytree(folder, of)
+        file = next(of.glob("*.safetensors"))
+        tensors = load_file(file)
+        name = next(name for name in sorted(tensors) if "q_proj" in name)
+        tensors[name] = tensors[name].copy()
+        tensors[name][0, 0] = np.nan
+        save_file(tensors, file, metadata={"format": "pt"})
+    for made in (out, tmp_path / "out.gguf"):
+        told = refused("adapt", "gguf" if made.suffix else "merge", model, adapter, made)
+        assert "q_proj.lora_A.weight holds numbers that are not finite" in told
+    told = refused("adapt", "extract", tmp_path / "tuned", model, out)
+    assert "blocks/attn/q/w" in told and "holds numbers that are not finite" in told
+    assert '--where "" fits no path' in refused("adapt", "extract", model, model, out, "--where", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"released", "adapter", "tuned"}
 
 
 def test_an_alpha_beyond_all_floats_is_refused_by_name():
