@@ -124,6 +124,8 @@ def extract(asked: Extract) -> None:
 
     if asked.rank < 1:
         raise ValueError(f"--rank {asked.rank}; use 1 or more")
+    if asked.where == "":
+        raise ValueError('--where "" fits no path; name a pattern such as "*attn/*", or leave it out')
     where = asked.where or adapt.LAYERS
     with new_folder(asked.out) as folder, Progress() as progress:
         family, config, _ = _about(asked.base)

@@ -101,6 +101,7 @@ def _compare(asked: Options, model) -> None:
             print(f"{name:24} {row['bits']:5.2f} bits  " + "perplexity {}  KL {}".format(*near))
         artifact.write(file, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
         artifact.write(asked.out / "report.html", _page(asked, done).html())
+    artifact.write(asked.out / "report.html", _page(asked, done).html())  # of a run killed just before it
     print(f"wrote {asked.out / 'report.html'}")
 
 
@@ -121,7 +122,8 @@ def _earlier(file: Path, asked: Options, texts: dict[str, str]) -> dict:
         same = done["asked"] == said
         if not all("problem" in row or set(row) >= ROW for row in done["rows"].values()):
             raise KeyError
-    except (ValueError, TypeError, KeyError, AttributeError):
+        _page(asked, done).html()  # figures of other kinds than the page's are damage too
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{file} is damaged; delete it, or name another folder") from None
     if not same:
         raise ValueError(f"{file.parent} holds the frontier of other settings or texts; name another folder")

@@ -151,6 +151,9 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, refused):
     assert "q_proj.lora_A.weight holds numbers that are not finite" in told
     told = refused("adapt", "extract", tmp_path / "tuned", model, tmp_path / "out")
     assert f"{tmp_path / 'tuned'}: blocks/attn/q/w holds numbers that are not finite" in told
+    assert '--where "" fits no path' in refused(
+        "adapt", "extract", model, model, tmp_path / "out", "--where", ""
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -166,6 +166,28 @@ def test_the_frontier_of_a_text_that_has_changed_is_refused(run, lmx, refused, t
     assert lmx(*words, *SMALL).count("perplexity") == 0
 
 
+def test_a_damaged_frontier_is_told_in_one_line_and_a_lost_page_is_written_again(
+    run, lmx, refused, tmp_path, monkeypatch
+):
+    from lmx.cli import frontier
+
+    every = frontier.FRONTIER
+    monkeypatch.setattr(frontier, "FRONTIER", {"bf16": every["bf16"]})
+    words = ("quantize", run[0], tmp_path / "f", "--frontier", "--calibration", "english.txt", *SMALL)
+    lmx(*words)
+    page, file = (tmp_path / "f" / name for name in ("report.html", "frontier.json"))
+    page.unlink()  # as by a kill between the two files
+    assert "report.html" in lmx(*words) and "bf16" in page.read_text("utf-8")
+    monkeypatch.setattr(frontier, "FRONTIER", {"bf16": every["bf16"], "int8": every["int8"]})
+    whole = json.loads(file.read_text("utf-8"))
+    row = whole["rows"]["bf16"]
+    for name, value in (("kl", "x"), ("kl", {}), ("bits", "8"), ("bytes", None)):
+        file.write_text(json.dumps(whole | {"rows": {"bf16": row | {name: value}}}), "utf-8")
+        assert "is damaged; delete it" in refused(*words), name
+    file.write_text("[" * 100_000, "utf-8")
+    assert "is damaged; delete it" in refused(*words)
+
+
 FAMILIES = Path(__file__).parents[1] / "models" / "families"
 
 

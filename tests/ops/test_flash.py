@@ -192,6 +192,17 @@ def test_threads_that_trace_one_query_at_once_share_what_is_compiled():
         np.testing.assert_array_equal(out, outs[0])
 
 
+@pytest.mark.skipif(not native.available(), reason="needs AVX2 and llvmlite")
+def test_one_query_reads_values_of_another_dtype_as_numbers():
+    q, k, v = qkv(2, 1, 4, 2, 8, S=24)
+    k_where = Where(jnp.tile(jnp.arange(24), (2, 1)), jnp.ones((2, 24), jnp.int32))
+    q_where = Where(jnp.full((2, 1), 20), jnp.ones((2, 1), jnp.int32))
+    rule = {"q_where": q_where, "k_where": k_where, "mask": CAUSAL}
+    half = v.astype(jnp.bfloat16)
+    expected = attention(q, k, half.astype(jnp.float32), **rule)
+    np.testing.assert_allclose(one_query(q, k, half, **rule), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("path", [kept, partial(blockwise, block=16)], ids=["cpu", "blockwise"])
 def test_inside_scan_remat_and_vmap(path):
     where = packed(2, 40)
