@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lmx import tree
-from lmx.adapt.matrices import LAYERS
+from lmx.adapt.matrices import LAYERS, check, found
 from lmx.adapt.quantize import Quantize
 
 CHOICES = (2, 3, 4, 5, 6, 8)
@@ -39,7 +39,14 @@ def sensitivity(
     number of bits.
 
     Costs L choices / 2 forward passes: layers before the one that is rounded are computed once.
+    Raises: ValueError if the pattern fits no matrix of a layer.
     """
+    check({"blocks": params["blocks"]}, where)
+    if not found({"blocks": tree.layer(params["blocks"], 0)}, where):
+        raise ValueError(
+            f"pattern {where!r} chooses among layers, and bits are spent on all of them; choose among their matrices "
+            'alone, as "blocks/*mlp*" does'
+        )
     n_layers = tree.depth(params["blocks"])
     rest = {name: x for name, x in params.items() if name != "blocks"}
     one = jax.jit(lambda rest, of_layer, i, x: layers.layer(rest, of_layer, i, x)[0])
@@ -47,7 +54,7 @@ def sensitivity(
     xs = [layers.enter(params, jnp.asarray(tokens))]
     for i in range(n_layers):
         xs.append(one(rest, tree.layer(params["blocks"], i), i, xs[-1]))
-    found = np.zeros((n_layers, len(choices)))
+    losses = np.zeros((n_layers, len(choices)))
     for i in range(n_layers):
         of_layer = tree.layer(params["blocks"], i)
         for c, bits in enumerate(choices):
@@ -57,9 +64,9 @@ def sensitivity(
             x = one(rest, rounded, i, xs[i])
             for later in range(i + 1, n_layers):
                 x = one(rest, tree.layer(params["blocks"], later), later, x)
-            found[i, c] = float(ends(params, xs[-1], x))
+            losses[i, c] = float(ends(params, xs[-1], x))
         seen(i + 1, n_layers)
-    return found
+    return losses
 
 
 def spend(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import CONFIG, KEY, MODEL, fresh
+from tiny_model import CONFIG, KEY, MODEL, TOKENS, fresh
 
-from lmx.adapt import Quantize, sensitivity, spend
+from lmx.adapt import Quantize, Unstack, sensitivity, spend
 from lmx.models import layers
 
 
@@ -47,3 +47,11 @@ def test_sensitivity_is_the_kl_of_one_layer_rounded():
         )
         np.testing.assert_allclose(found[i, 0], (np.exp(p) * (p - q)).sum(-1).mean(), rtol=1e-3)
     assert jnp.isfinite(found).all()
+
+
+def test_a_pattern_that_leaves_out_layers_is_refused():
+    params = Unstack()(fresh(), KEY)
+    with pytest.raises(ValueError, match=r"'blocks/1/\*' chooses among layers, and bits are spent on all"):
+        sensitivity(layers(CONFIG), params, TOKENS, where="blocks/1/*")
+    with pytest.raises(ValueError, match="fits no matrix; there are blocks/0/attn/k/w"):
+        sensitivity(layers(CONFIG), params, TOKENS, where="blocks/9/*")
