@@ -345,7 +345,7 @@ def unstacked_plain(params):
 
 
 def test_a_pattern_chooses_among_layers_that_stand_one_by_one():
-    params = Unstack()(moved(), KEY)
+    params = Unstack()(fresh(), KEY)
     made, shares = calibrate(LAYERS, params, MANY, Gptq(4, 16), where="blocks/1/*mlp/*")
     kinds = {path for path, w in found(made).items() if isinstance(w, Quantized)}
     assert kinds == set(shares) == {path for path in found(params) if path.startswith("blocks/1/mlp/")}
