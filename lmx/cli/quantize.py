@@ -151,9 +151,8 @@ def _check(asked: Options) -> None:
     for name in ("method", "bits", "act_order", "embed"):
         if _given(asked, name) and asked.frontier:
             raise ValueError(f"--{_option(asked, name)} says nothing to --frontier, which tries its own")
-    for name in ("text", "windows"):
-        if _given(asked, name) and not (asked.report or asked.frontier):
-            raise ValueError(f"--{name} says how to judge, which --report or --frontier asks for")
+    if asked.text is not None and not (asked.report or asked.frontier):
+        raise ValueError("--text says what to judge by, which --report or --frontier asks for")
     if asked.frontier and asked.out.exists() and not asked.out.is_dir():
         raise ValueError(f"{asked.out} is a file; name a folder")
     if asked.bits is not None and not 2 <= asked.bits <= 8:

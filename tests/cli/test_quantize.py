@@ -213,8 +213,14 @@ def quantized_as(method, base, out, lmx):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["gpt2", "gemma3", "qwen3-moe"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *(("gpt2", method) for method in METHODS),
+        *(("gemma3", method) for method in ("w8a8", "smooth", "rotate-gptq", "mixed")),
+        *(("qwen3-moe", method) for method in ("w4a8", "nf4", "gptq", "awq-gptq")),
+    ],
+)
 def test_every_method_on_every_shape_of_model(family, method, lmx, tmp_path):
     """Biases and learned positions; a tied embedding that is scaled, and windows; experts."""
     base = of_family(family, tmp_path, lmx)
@@ -302,7 +308,7 @@ def base():
         ),
         (("--where", "layers/*"), "fits no matrix"),
         (("--method", "w4a8", "--group-size", "20"), "does not divide 32 inputs"),
-        (("--text", "hindi.txt"), "--text says how to judge, which --report or --frontier asks for"),
+        (("--text", "hindi.txt"), "--text says what to judge by, which --report or --frontier asks for"),
         (("--report", "--text", "none.txt"), "none.txt"),
         (("--frontier", "--calibration", "hindi.txt", "--embed"), "--embed says nothing to --frontier"),
         (("--frontier", "--calibration", "hindi.txt", "--no-act-order"), "--no-act-order says nothing to"),

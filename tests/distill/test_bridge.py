@@ -64,7 +64,7 @@ def test_labels_are_what_the_teacher_says_in_the_students_words(ours, theirs, or
     )
     (store,) = made.train_stores
     found = TeacherTopK(str(tmp_path / "labels")).opened(store, 256, "best_fit")
-    n_known = 0
+    first, n_known = [begins_with(here, there, w) for w in range(there.vocab_size)], 0
     for a, b in zip(store.offsets[:-1], store.offsets[1:]):
         ids = store.tokens[a:b].tolist()
         theirs_ids = ([] if there.bos_id is None else [there.bos_id]) + there.encode(here.decode(ids))
@@ -83,8 +83,7 @@ def test_labels_are_what_the_teacher_says_in_the_students_words(ours, theirs, or
                 continue
             n_known += 1
             right = np.zeros(words)
-            for w in range(there.vocab_size):
-                v = begins_with(here, there, w)
+            for w, v in enumerate(first):
                 if v is not None:
                     right[v] += p[u, w]
             best = -np.sort(-right)[:k]

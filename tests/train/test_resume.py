@@ -118,7 +118,7 @@ def test_killed_also_during_a_save_and_resumed_equals_undisturbed(runner, undist
 def test_killed_many_times_and_resumed_equals_undisturbed(runner, tmp_path):
     reference = Job(out=str(tmp_path / "reference"), cache=runner.cache, steps=60)
     runner.run(reference)
-    job = replace(reference, out=str(tmp_path / "run"), seconds=0.05)
+    job = replace(reference, out=str(tmp_path / "run"), seconds=0.15)
     torture(runner, job, kills=10, seed=1)
     assert_as_if_undisturbed(job, reference)
 
