@@ -60,7 +60,7 @@ def main() -> None:
         for name in asked.contenders:
             python = asked.peer if name.startswith("trl") else sys.executable
             keeps = {f"MALLOC_{x}": str(n) for x, n in KEEPS.items()} if "heap" in name else {}
-            workers[name] = turns.started([*words, "--worker", name], python, asked.threads, keeps)
+            workers[name] = turns.started(name, [*words, "--worker", name], asked.threads, python, keeps)
         told = turns.in_turns(workers, asked.rounds, asked.steps)
     facts = {
         "pair": f"teacher {asked.teacher[0]} x {asked.teacher[1]}, student {asked.student[0]} x {asked.student[1]}",

@@ -9,14 +9,13 @@ clipped AdamW, rows of tokens of which a share counts, as the answers to questio
 head on all tokens, as transformers does; "lmx" where the loss counts alone (`lmx.losses.Counted`). Each contender is a
 process of its own that waits while the others run; a round gives each of them some steps in turn. Prints the median
 milliseconds of a step, tokens per second, the ratio to the fastest peer, the most memory that the process held, and the
-losses of the first two steps, which must agree but for what LoRA draws at random.
+losses of the first two steps, of which the first must agree; lmx begins with a smaller rate.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import turns
@@ -48,8 +47,7 @@ def main() -> None:
     words = [__file__, str(asked.model)]
     words += [x for name in settings for x in (f"--{name.replace('_', '-')}", str(getattr(asked, name)))]
     workers = {
-        name: turns.started([*words, "--worker", name], sys.executable, asked.threads)
-        for name in asked.contenders
+        name: turns.started(name, [*words, "--worker", name], asked.threads) for name in asked.contenders
     }
     told = turns.in_turns(workers, asked.rounds, asked.steps)
     packages = ("jax", "torch", "transformers", "peft")

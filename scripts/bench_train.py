@@ -29,6 +29,8 @@ import sys
 import time
 from pathlib import Path
 
+import turns
+
 SHAPES = {  # layers, heads, d_model, T, B, vocabulary
     "cpu": (4, 4, 128, 64, 12, 65),
     "baby": (6, 6, 384, 256, 8, 65),
@@ -72,19 +74,17 @@ def main() -> None:
 
 def _measured(contenders: list[tuple[str, str]], asked) -> dict[tuple[str, str], list[float]]:
     """The seconds of every step of each of them, in rounds."""
-    workers = {contender: _start(*contender, asked) for contender in contenders}
-    times: dict[tuple[str, str], list[float]] = {contender: [] for contender in contenders}
-    for _ in range(asked.rounds):
-        for contender, worker in workers.items():
-            times[contender] += _ask(worker, asked.steps)
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-    return times
+    words = [__file__, "--shape", asked.shape, "--threads", str(asked.threads), "--worker"]
+    workers = {
+        contender: turns.started(" in ".join(contender), [*words, *contender], asked.threads)
+        for contender in contenders
+    }
+    told = turns.in_turns(workers, asked.rounds, asked.steps)
+    return {contender: of["seconds"] for contender, of in told.items()}
 
 
 def serve(contender: str, precision: str, shape: str, threads: int) -> None:
-    """A contender: reads numbers of steps from standard input, answers with the seconds of each step."""
+    """A contender."""
     if contender == "lmx":
         import jax
 
@@ -95,16 +95,7 @@ def serve(contender: str, precision: str, shape: str, threads: int) -> None:
         step, _ = lmx_step(precision, shape)
     else:
         step = torch_step(contender, precision, shape, threads)
-    for _ in range(3):
-        step()
-    print("[]", flush=True)
-    for line in sys.stdin:
-        seconds = []
-        for _ in range(int(line)):
-            begin = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - begin)
-        print(json.dumps(seconds), flush=True)
+    turns.serve(step)
 
 
 def lmx_step(precision: str, shape: str):
@@ -249,27 +240,6 @@ def peak(precision: str) -> float:
         product()
         best = min(best, time.perf_counter() - begin)
     return 2 * 1024**3 / best
-
-
-def _start(contender: str, precision: str, asked) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--shape", asked.shape, "--threads", str(asked.threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(asked.threads)}
-    worker = subprocess.Popen(
-        [*command, "--worker", contender, precision],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    if not worker.stdout.readline():
-        sys.exit(f"bench_train: {contender} in {precision} did not start")
-    return worker
-
-
-def _ask(worker: subprocess.Popen, steps: int) -> list[float]:
-    worker.stdin.write(f"{steps}\n")
-    worker.stdin.flush()
-    return json.loads(worker.stdout.readline())
 
 
 def describe(shape: str) -> dict[str, str]:

@@ -1,5 +1,8 @@
-"""Training steps of several programs in turns, each in a process of its own that waits while the others run: what
-`bench_finetune.py` and `bench_distill.py` share. It imports nothing of lmx, so that a peer's Python can run it."""
+"""Training steps of several programs in turns, each in a process of its own that waits while the others run.
+
+What `bench_train.py`, `bench_finetune.py` and `bench_distill.py` share. It imports nothing of lmx, so that a peer's
+Python can run it.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 
-def started(words: list[str], python: str, threads: int, env: Mapping[str, str] = {}) -> subprocess.Popen:
-    """A process that answers as `serve` does, once it has compiled."""
+def started(
+    name: str, words: list[str], threads: int, python: str = sys.executable, env: Mapping[str, str] = {}
+) -> subprocess.Popen:
+    """A process that answers as `serve` does, once it has compiled. words: its script and options."""
     worker = subprocess.Popen(
         [python, *words],
         stdin=subprocess.PIPE,
@@ -23,7 +29,7 @@ def started(words: list[str], python: str, threads: int, env: Mapping[str, str] 
         env=os.environ | {"OMP_NUM_THREADS": str(threads)} | env,
     )
     if not worker.stdout.readline():
-        sys.exit(f"{words[0]}: {words[-1]} did not start")
+        sys.exit(f"{words[0]}: {name} did not start")
     return worker
 
 
@@ -44,9 +50,9 @@ def serve(step: Callable[[], float], **facts: str) -> None:
         print(json.dumps({"seconds": seconds, "first": first, "bytes": most, **facts}), flush=True)
 
 
-def in_turns(workers: Mapping[str, subprocess.Popen], rounds: int, steps: int) -> dict[str, dict]:
+def in_turns(workers: Mapping[Hashable, subprocess.Popen], rounds: int, steps: int) -> dict[Any, dict]:
     """What each tells at its end, with the seconds of all its steps."""
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    seconds: dict[Any, list[float]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, worker in workers.items():
             seconds[name] += _ask(worker, steps)["seconds"]

@@ -155,9 +155,7 @@ def label(asked: Label) -> None:
     size = sum(x.stat().st_size for path in paths for x in path.glob("*.bin"))
     print(f"{asked.out}: {n:,} tokens, {size / n:.0f} bytes each; data.teacher=TeacherTopK('{asked.out}')")
     if teacher.tokenizer.hash != prepared.tokenizer.hash:
-        known = (
-            sum(data.Taught(str(path)).known_share * data.Taught(str(path)).starts[-1] for path in paths) / n
-        )
+        known = sum(data.Taught(str(path)).n_known for path in paths) / n
         print(
             f"the teacher's tokens end where the student's do at {known:.0%} of them; the others say nothing: learn "
             'with mask="teacher_mask"'

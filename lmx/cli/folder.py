@@ -22,9 +22,8 @@ def new_folder(out: Path) -> Iterator[Path]:
             f"{out} is a mounted disk or the folder you are in, which a new one cannot replace; name a folder in it"
         )
     out = out.resolve()
-    folder = out.with_name(
-        f"{out.name[:60]}.partial-{uuid.uuid4().hex[:8]}"
-    )  # 60 letters are 240 bytes at most
+    short = out.name[:60]  # 240 bytes at most
+    folder = out.with_name(f"{short}.partial-{uuid.uuid4().hex[:8]}")
     folder.mkdir(parents=True)
     try:
         yield folder

@@ -163,12 +163,10 @@ class Taught:
         return ids.reshape(*at.shape, self.k), log_p.reshape(*at.shape, self.k), known.reshape(at.shape)
 
     @property
-    def known_share(self) -> float:
-        """Of the tokens, those of which something is known, the last of a document aside."""
+    def n_known(self) -> int:
+        """Of how many tokens something is known."""
         nothing = (1 << self.meta["bits"]) - 1
-        return sum(int((codes != nothing).any(1).sum()) for _, codes in self._shards) / max(
-            1, self.starts[-1]
-        )
+        return sum(int((codes != nothing).any(1).sum()) for _, codes in self._shards)
 
     @functools.cached_property
     def _shards(self) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -2,9 +2,9 @@
 
     scores = q kt;  weights = softmax(scores, over the allowed keys);  out = weights v
 
-XLA:CPU packs the keys and values of each row and head anew before it multiplies them, and reads all slots of a cache.
-Here they are read once, where they lie, up to the last slot that is allowed. Axes: B rows, K key/value heads, G query
-heads of each, H head_dim, S slots.
+XLA:CPU makes a product of its own for each row and head, over all slots of the cache. Here keys and values are read
+once, where they lie, up to the last slot that is allowed (`scripts/bench_decode.py`). Axes: B rows, K key/value heads,
+G query heads of each, H head_dim, S slots.
 """
 
 from __future__ import annotations
